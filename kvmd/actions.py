@@ -1,0 +1,191 @@
+"""What shall be done: a closed union of frozen actions, each of which says why and whom it disturbs.
+
+Made by `plan`, carried out by `effects.apply` (host actions) and the guest supervisors (guest actions).
+Every action is idempotent: carrying it out twice is the same as once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Disruption(StrEnum):
+    """Whom an action disturbs. `reconcile` does NONE and what kvmd.toml's `apply.allow` adds."""
+
+    NONE = "none"
+    GUEST = "guest"
+    NETWORK = "network"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """Common part: `why` is a full clause ("ksm.mode is off"), shown in parentheses behind the change."""
+
+    why: str
+    disruption: Disruption = Disruption.NONE
+
+    def line(self) -> str:
+        """One plan line without the reason: "~ /sys/kernel/mm/ksm/run: 1 -> 0"."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteKnob(Action):
+    """Write one sysfs or procfs file. A requirement is re-asserted; a tuning knob yields to other writers."""
+
+    path: str
+    old: str
+    new: str
+    requirement: bool = True
+
+    def line(self) -> str:
+        return f"~ {self.path}: {self.old} -> {self.new}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetHugepages(Action):
+    """Set a node's pool of one page size; verified by reading back, rolled back when the kernel gives fewer."""
+
+    node: int
+    page_bytes: int
+    old: int
+    new: int
+
+    def line(self) -> str:
+        size = f"{self.page_bytes >> 20}MiB" if self.page_bytes < 1 << 30 else f"{self.page_bytes >> 30}GiB"
+        return f"~ hugepages {size} node {self.node}: {self.old} -> {self.new} pages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureBridge(Action):
+    """Make or correct one bridge of ours: up, with exactly these addresses."""
+
+    network: str
+    bridge: str
+    mtu: int = 1500
+    stp: bool = False
+    addresses: tuple[str, ...] = ()
+    change: str = "create"  # what differs, for people
+
+    def line(self) -> str:
+        if self.change == "create":
+            return f"+ bridge {self.bridge}" + (f" {' '.join(self.addresses)}" if self.addresses else "")
+        return f"~ bridge {self.bridge}: {self.change}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveBridge(Action):
+    """Remove a bridge that carries our alias and no port."""
+
+    bridge: str
+
+    def line(self) -> str:
+        return f"- bridge {self.bridge}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaceRuleset(Action):
+    """Replace our whole nft table in one transaction; an empty text removes it."""
+
+    text: str
+    change: str
+
+    def line(self) -> str:
+        sign = "-" if not self.text else "+" if self.change == "create" else "~"
+        return f"{sign} nft table inet kvmd" + ("" if self.change in ("create", "remove") else f": {self.change}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartDnsmasq(Action):
+    """Start (or restart with another configuration) the DHCP/DNS server of one network."""
+
+    network: str
+    config: str
+    change: str = "start"
+
+    def line(self) -> str:
+        return f"{'+' if self.change == 'start' else '~'} dnsmasq for network {self.network}" + (
+            "" if self.change == "start" else f": {self.change}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopDnsmasq(Action):
+    """Stop a network's DHCP/DNS server that we started."""
+
+    network: str
+
+    def line(self) -> str:
+        return f"- dnsmasq for network {self.network}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartGuest(Action):
+    """Bring a guest to `running`."""
+
+    guest: str
+
+    def line(self) -> str:
+        return f"+ guest {self.guest}: start"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopGuest(Action):
+    """Ask a guest to power off."""
+
+    guest: str
+
+    def line(self) -> str:
+        return f"- guest {self.guest}: stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinGuest(Action):
+    """Put each vCPU thread, and all other threads, on the CPUs the placement gives."""
+
+    guest: str
+    vcpus: tuple[str, ...]  # CPU list per vCPU
+    emulator: str  # CPU list for every other thread
+    old: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        return f"~ guest {self.guest}: vCPUs on {' '.join(self.old) or 'any'} -> {' '.join(self.vcpus)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartGuest(Action):
+    """The running guest differs from its file in something only a new QEMU can have."""
+
+    guest: str
+    change: str
+
+    def line(self) -> str:
+        return f"~ guest {self.guest}: restart for {self.change}"
+
+
+HostAction = WriteKnob | SetHugepages | EnsureBridge | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
+GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest
+AnyAction = HostAction | GuestAction
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one action; `error` is None when it was done and verified."""
+
+    action: AnyAction
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something asked for that cannot be had as asked, found while planning; no action can mend it.
+
+    `guests` are those that must not be started because of it; empty: a warning about the host only.
+    """
+
+    subject: str  # "guest web", "network lan", "hugepages 2MiB node 0"
+    message: str
+    hint: str | None = None
+    guests: frozenset[str] = frozenset()

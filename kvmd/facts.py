@@ -1,0 +1,139 @@
+"""What is: one frozen picture of the host and of the guests that run on it.
+
+Made by `effects` (observe_*), read by `plan` and `tuning`. Data only: no reading, no judging. Every number's
+unit is in its name; every path that could be absent is optional and None means "this kernel has none".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from kvmd.units import CpuSet
+
+EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """One logical CPU of the host (Documentation/admin-guide/cputopology.rst)."""
+
+    id: int
+    node: int = 0
+    package: int = 0
+    die: int = 0
+    core: int = 0  # lowest CPU id among its SMT siblings: unique on the host, unlike core_id
+    l3: int = 0  # lowest CPU id among those that share the last-level cache
+    capacity: int = 1024  # cpu_capacity: 1024 is the fastest core of the host
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTopology:
+    """All online CPUs, and what the kernel command line took out of scheduling."""
+
+    cpus: tuple[Cpu, ...] = ()
+    isolated: CpuSet = CpuSet()
+    nohz_full: CpuSet = CpuSet()
+    allowed: CpuSet = CpuSet()  # what this process may use (its cpuset)
+    distances: tuple[tuple[int, ...], ...] = ()  # distances[i][j] of the i-th and j-th node in node order
+
+    @property
+    def online(self) -> CpuSet:
+        """Ids of all CPUs in `cpus`."""
+        return CpuSet(cpu.id for cpu in self.cpus)
+
+
+@dataclass(frozen=True, slots=True)
+class HugepagePool:
+    """One node's pool of one page size (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+
+    node: int
+    page_bytes: int
+    total: int
+    free: int
+    surplus: int = 0
+
+    @property
+    def used(self) -> int:
+        """Pages some process holds."""
+        return self.total - self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """/proc/meminfo and /proc/swaps, in bytes."""
+
+    total_bytes: int = 0
+    available_bytes: int = 0
+    swap_total_bytes: int = 0
+    swap_free_bytes: int = 0
+    hugetlb_bytes: int = 0  # all pools of all sizes
+    node_total_bytes: Mapping[int, int] = field(default_factory=lambda: EMPTY)
+    node_free_bytes: Mapping[int, int] = field(default_factory=lambda: EMPTY)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One network interface of the namespace kvmd runs in."""
+
+    name: str
+    index: int
+    kind: str | None = None  # "bridge", "tun", "veth", None for a physical NIC
+    mac: str = ""
+    mtu: int = 1500
+    up: bool = False
+    master: str | None = None
+    alias: str | None = None  # IFLA_IFALIAS; "kvmd:…" says it is ours
+    addresses: tuple[str, ...] = ()  # "192.168.50.1/24"
+    stp: bool | None = None  # bridges only
+    vlan_filtering: bool | None = None  # bridges only
+    port_isolated: bool | None = None  # bridge ports only
+
+
+@dataclass(frozen=True, slots=True)
+class Dnsmasq:
+    """The DHCP/DNS server of one network, if it runs."""
+
+    network: str
+    pid: int
+    start_time: int  # clock ticks since boot, /proc/PID/stat field 22
+    config_sha256: str  # of the configuration it was started with
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Proof of identity of a process: a pid alone is never one."""
+
+    pid: int
+    start_time: int  # clock ticks since boot, /proc/PID/stat field 22
+
+
+@dataclass(frozen=True, slots=True)
+class RunningGuest:
+    """A QEMU that is provably ours."""
+
+    name: str
+    uuid: str
+    process: Process
+    memory_bytes: int
+    page_bytes: int | None = None  # hugepage size of its memory, None if not hugepage backed
+    vcpu_threads: tuple[int, ...] = ()  # host thread ids, in vCPU order
+    affinity: tuple[str, ...] = ()  # CPU list each vCPU thread may run on now, in vCPU order
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The world, read once."""
+
+    boot_id: str = ""
+    cpus: CpuTopology = CpuTopology()
+    memory: Memory = Memory()
+    hugepages: tuple[HugepagePool, ...] = ()
+    knobs: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # absolute path -> stripped content
+    links: tuple[Link, ...] = ()
+    nft: str | None = None  # our ruleset's fingerprint comment, None: no table of ours
+    dnsmasq: tuple[Dnsmasq, ...] = ()
+    guests: tuple[RunningGuest, ...] = ()
+    foreign_qemu_bytes: int = 0  # RSS of QEMU processes that are not ours

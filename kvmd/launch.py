@@ -1,0 +1,144 @@
+"""The only place a QEMU is born: fetch what kvmd prepared, shed root, become QEMU.
+
+Run by file path as `python3 -I -S launch.py …`, apart from the rest of kvmd: it imports `os`, `sys` and `_socket` only
+(13 ms from exec to QEMU instead of 300), and nothing at all once it has dropped its uid, because the interpreter may
+lie where the guest's uid cannot read.
+
+    launch.py RUN_DIR NAME          ask RUN_DIR/launch.sock for the guest's argv and fds, then exec QEMU
+    launch.py --stop RUN_DIR NAME   ask the guest to power off, wait, then quit QEMU; works without kvmd
+
+The hand-over: we send `NAME\\n`; kvmd answers with messages of one byte, each with up to 250 fds (SCM_RIGHTS); a byte
+of `.` says more follow, `!` is the last, and `-` is a refusal whose text follows. The first fd is a memfd of
+NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
+"""
+
+import os
+import sys
+
+import _socket
+
+FORMAT = "kvmd-launch-1"
+FDS_PER_MESSAGE = 250  # the kernel's SCM_MAX_FD is 253
+ANSWER_TIMEOUT_S = 60.0  # kvmd may be compacting memory for hugepages
+STOP_POLL_S = 0.2
+
+
+def fail(text):  # type: (str) -> None
+    """Say it where systemd or kvmd keeps QEMU's own last words, and leave."""
+    os.write(2, ("kvmd-launch: " + text + "\n").encode())
+    os._exit(1)
+
+
+def receive(run_dir, name):  # type: (str, str) -> list[int]
+    """All fds kvmd hands over for this guest, the spec memfd first."""
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    peer.settimeout(ANSWER_TIMEOUT_S)
+    try:
+        peer.connect(run_dir + "/launch.sock")
+        peer.send(name.encode() + b"\n")
+        fds = []
+        mark = b"."
+        while mark == b".":
+            mark, control, _, _ = peer.recvmsg(1, _socket.CMSG_SPACE(4 * FDS_PER_MESSAGE))
+            for level, kind, data in control:
+                if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+                    fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
+        if mark == b"-":
+            fail(peer.recv(4096).decode("utf-8", "replace"))
+        if mark != b"!" or not fds:
+            fail("kvmd closed the hand-over of " + name + " before it was complete")
+        return fds
+    except OSError as error:
+        fail("kvmd does not answer on " + run_dir + "/launch.sock: " + str(error))
+        raise
+
+
+def place(fds, targets):  # type: (list[int], list[int]) -> None
+    """Move each fd to its number and close every other one. Numbers may overlap: go by way of free high ones."""
+    high = max(fds + targets) + 1
+    for offset, fd in enumerate(fds):
+        os.dup2(fd, high + offset, False)
+    os.closerange(3, high)
+    for offset, target in enumerate(targets):
+        os.dup2(high + offset, target, True)
+    os.closerange(high, high + len(fds))
+
+
+def launch(run_dir, name):  # type: (str, str) -> None
+    """Never returns: this process becomes QEMU."""
+    spec_fd, *fds = receive(run_dir, name)
+    spec = os.read(spec_fd, os.fstat(spec_fd).st_size)
+    os.close(spec_fd)
+    version, uid, gid, groups, numbers, *argv = spec.decode("utf-8", "surrogateescape").split("\0")[:-1]
+    targets = [int(number) for number in numbers.split(",") if number]
+    if version != FORMAT or len(targets) != len(fds) or not argv:
+        fail("kvmd speaks another hand-over than this launcher (" + version + "): they are of different versions")
+    place(fds, targets)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0, True)
+    os.close(null)
+    os.umask(0o077)
+    os.chdir("/")
+    os.setgroups([int(group) for group in groups.split(",") if group])
+    os.setresgid(int(gid), int(gid), int(gid))
+    os.setresuid(int(uid), int(uid), int(uid))
+    try:
+        os.execve(argv[0], argv, {})
+    except OSError as error:
+        fail("cannot run " + argv[0] + ": " + str(error))
+
+
+def stop(run_dir, name):  # type: (str, str) -> None
+    """Power the guest off through its second monitor and quit QEMU when it has, or when the time is up.
+
+    The time is KVMD_STOP_TIMEOUT_S (seconds, default 90: systemd's own default for a stop).
+    """
+    import json
+    import time
+
+    patience_s = float(os.environ.get("KVMD_STOP_TIMEOUT_S", "90"))
+    here = os.open(run_dir + "/guests/" + name, os.O_PATH | os.O_DIRECTORY)
+    monitor = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    monitor.settimeout(5)
+    decoder = json.JSONDecoder()
+    buffer = ""
+
+    def ask(command):  # type: (str) -> dict[str, object]
+        nonlocal buffer
+        monitor.send(json.dumps({"execute": command}).encode())
+        while True:
+            buffer = buffer.lstrip()
+            try:
+                message, end = decoder.raw_decode(buffer)
+            except ValueError:
+                data = monitor.recv(65536)
+                if not data:
+                    raise OSError("QEMU closed its monitor") from None
+                buffer += data.decode("utf-8", "replace")
+                continue
+            buffer = buffer[end:]
+            if "return" in message or "error" in message:
+                return message
+
+    try:
+        monitor.connect("/proc/self/fd/%d/rescue.sock" % here)
+        ask("qmp_capabilities")
+        ask("system_powerdown")
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            answer = ask("query-status").get("return")
+            if isinstance(answer, dict) and answer.get("status") == "shutdown":
+                break
+            time.sleep(STOP_POLL_S)
+        ask("quit")
+    except OSError:
+        return  # gone already: that is what was asked
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] == "--stop":
+        stop(sys.argv[2], sys.argv[3])
+    elif len(sys.argv) == 3:
+        launch(sys.argv[1], sys.argv[2])
+    else:
+        fail("usage: launch.py [--stop] RUN_DIR NAME")
