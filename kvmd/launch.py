@@ -12,10 +12,9 @@ of `.` says more follow, `!` is the last, and `-` is a refusal whose text follow
 NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
 """
 
+import _socket
 import os
 import sys
-
-import _socket
 
 FORMAT = "kvmd-launch-1"
 FDS_PER_MESSAGE = 250  # the kernel's SCM_MAX_FD is 253
@@ -23,20 +22,20 @@ ANSWER_TIMEOUT_S = 60.0  # kvmd may be compacting memory for hugepages
 STOP_POLL_S = 0.2
 
 
-def fail(text):  # type: (str) -> None
+def fail(text: str) -> None:
     """Say it where systemd or kvmd keeps QEMU's own last words, and leave."""
     os.write(2, ("kvmd-launch: " + text + "\n").encode())
     os._exit(1)
 
 
-def receive(run_dir, name):  # type: (str, str) -> list[int]
+def receive(run_dir: str, name: str) -> list[int]:
     """All fds kvmd hands over for this guest, the spec memfd first."""
     peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     peer.settimeout(ANSWER_TIMEOUT_S)
     try:
         peer.connect(run_dir + "/launch.sock")
         peer.send(name.encode() + b"\n")
-        fds = []
+        fds: list[int] = []
         mark = b"."
         while mark == b".":
             mark, control, _, _ = peer.recvmsg(1, _socket.CMSG_SPACE(4 * FDS_PER_MESSAGE))
@@ -53,7 +52,7 @@ def receive(run_dir, name):  # type: (str, str) -> list[int]
         raise
 
 
-def place(fds, targets):  # type: (list[int], list[int]) -> None
+def place(fds: list[int], targets: list[int]) -> None:
     """Move each fd to its number and close every other one. Numbers may overlap: go by way of free high ones."""
     high = max(fds + targets) + 1
     for offset, fd in enumerate(fds):
@@ -64,7 +63,7 @@ def place(fds, targets):  # type: (list[int], list[int]) -> None
     os.closerange(high, high + len(fds))
 
 
-def launch(run_dir, name):  # type: (str, str) -> None
+def launch(run_dir: str, name: str) -> None:
     """Never returns: this process becomes QEMU."""
     spec_fd, *fds = receive(run_dir, name)
     spec = os.read(spec_fd, os.fstat(spec_fd).st_size)
@@ -88,7 +87,7 @@ def launch(run_dir, name):  # type: (str, str) -> None
         fail("cannot run " + argv[0] + ": " + str(error))
 
 
-def stop(run_dir, name):  # type: (str, str) -> None
+def stop(run_dir: str, name: str) -> None:
     """Power the guest off through its second monitor and quit QEMU when it has, or when the time is up.
 
     The time is KVMD_STOP_TIMEOUT_S (seconds, default 90: systemd's own default for a stop).
@@ -103,7 +102,7 @@ def stop(run_dir, name):  # type: (str, str) -> None
     decoder = json.JSONDecoder()
     buffer = ""
 
-    def ask(command):  # type: (str) -> dict[str, object]
+    def ask(command: str) -> dict[str, object]:
         nonlocal buffer
         monitor.send(json.dumps({"execute": command}).encode())
         while True:
@@ -121,7 +120,7 @@ def stop(run_dir, name):  # type: (str, str) -> None
                 return message
 
     try:
-        monitor.connect("/proc/self/fd/%d/rescue.sock" % here)
+        monitor.connect(f"/proc/self/fd/{here}/rescue.sock")
         ask("qmp_capabilities")
         ask("system_powerdown")
         deadline = time.monotonic() + patience_s

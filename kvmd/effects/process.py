@@ -1,0 +1,188 @@
+"""Processes: proof of identity, pidfds, affinities, last words. The only way kvmd ends a process is here.
+
+A pid alone proves nothing: every record is (pid, start time, boot), every wait and every signal goes through a pidfd
+that was opened *before* the identity was checked, so a recycled pid can never be hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from kvmd.errors import HostFailed
+from kvmd.facts import Process
+from kvmd.units import CpuSet
+
+LAST_WORDS_BYTES = 4096
+LAUNCHER = Path(__file__).parent.parent / "launch.py"
+
+
+def start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of `pid` (proc(5), field 22 of stat), None when there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """argv of a process, empty when it is gone."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(part.decode("utf-8", "surrogateescape") for part in raw.split(b"\0")[:-1])
+
+
+def find_by_uuid(uuid: str) -> Process | None:
+    """The QEMU that was given this `-uuid`, if one runs."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        argv = command_line(int(entry.name))
+        if len(argv) > 2 and "-uuid" in argv and argv[argv.index("-uuid") + 1 : argv.index("-uuid") + 2] == (uuid,):
+            started = start_time(int(entry.name))
+            if started is not None:
+                return Process(int(entry.name), started)
+    return None
+
+
+def pids_of_uid(uid: int) -> tuple[int, ...]:
+    """All processes whose real uid is `uid`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if entry.stat().st_uid == uid:
+                    found.append(int(entry.name))
+    return tuple(found)
+
+
+class Watched:
+    """A live process held by a pidfd. `exited` resolves once, to the wait status if it was our child, else None."""
+
+    def __init__(self, process: Process, pidfd: int) -> None:
+        self.process = process
+        self._pidfd = pidfd
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._loop.add_reader(pidfd, self._on_exit)
+
+    @classmethod
+    def open(cls, process: Process) -> Watched | None:
+        """Watch a process if it is still the one that was recorded; None when it is gone or another."""
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            return None
+        if start_time(process.pid) != process.start_time:
+            os.close(pidfd)
+            return None
+        return cls(process, pidfd)
+
+    def _on_exit(self) -> None:
+        status: int | None = None
+        with contextlib.suppress(ChildProcessError):
+            pid, raw = os.waitpid(self.process.pid, os.WNOHANG)
+            if pid:
+                status = os.waitstatus_to_exitcode(raw)
+        self.close()
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal; a process that has ended already is fine."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Stop watching. The process goes on."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def spawn_launcher(run_dir: Path, guest: str, output_fd: int) -> Process:
+    """Start the launcher for one guest in a session of its own; it will ask for its hand-over on launch.sock.
+
+    `output_fd` becomes stdout and stderr. Raises HostFailed.
+    """
+    argv = [sys.executable, "-I", "-S", str(LAUNCHER), str(run_dir), guest]
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output_fd,
+            stderr=output_fd,
+            env={},
+            cwd="/",
+            close_fds=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise HostFailed(f"guest {guest}: cannot start the launcher: {error}") from None
+    started = start_time(child.pid)
+    child.returncode = 0  # the pidfd reaps it; Popen must not
+    if started is None:
+        raise HostFailed(f"guest {guest}: the launcher ended at once")
+    return Process(child.pid, started)
+
+
+def threads(pid: int) -> tuple[int, ...]:
+    """Thread ids of a process, sorted; empty when it is gone."""
+    try:
+        return tuple(sorted(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()))
+    except OSError:
+        return ()
+
+
+def affinity(tid: int) -> CpuSet:
+    """CPUs a thread may run on; empty when it is gone."""
+    try:
+        return CpuSet(os.sched_getaffinity(tid))
+    except OSError:
+        return CpuSet()
+
+
+def pin(guest: str, pid: int, vcpu_tids: Iterable[int], vcpus: Iterable[CpuSet], emulator: CpuSet) -> None:
+    """Put each vCPU thread on its CPUs and all other threads of the process on `emulator`; verified.
+
+    Threads that QEMU makes later inherit the mask of the main thread, which is `emulator`. Raises HostFailed.
+    """
+    wanted = dict.fromkeys(threads(pid), emulator) | dict(zip(vcpu_tids, vcpus, strict=True))
+    for tid, cpus in wanted.items():
+        try:
+            os.sched_setaffinity(tid, cpus)
+        except ProcessLookupError:
+            continue  # a worker thread that has ended
+        except OSError as error:
+            raise HostFailed(f"guest {guest}: cannot pin thread {tid} to CPUs {cpus}: {error.strerror}") from None
+        if affinity(tid) not in (cpus, CpuSet()):
+            raise HostFailed(f"guest {guest}: thread {tid} was to run on {cpus}, the kernel gave {affinity(tid)}")
+
+
+def limit_core(pid: int) -> None:
+    """No core dump of a guest's memory, ever. Harmless when the process is gone."""
+    with contextlib.suppress(OSError):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+
+
+def last_words(log: Path) -> str:
+    """The last line a QEMU wrote, without control characters; empty when it wrote none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return "".join(char if char.isprintable() else " " for char in lines[-1]).strip() if lines else ""
