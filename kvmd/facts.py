@@ -53,7 +53,8 @@ class HugepagePool:
     page_bytes: int
     total: int
     free: int
-    surplus: int = 0
+    surplus: int = 0  # beyond what was asked for: go as soon as they are freed; part of `total`
+    reserved: int = 0  # promised to a mapping that has not touched them yet; part of `free`
 
     @property
     def used(self) -> int:

@@ -1,0 +1,146 @@
+"""Hugepage pools through sysfs: reading them, and setting one so that it either holds or is as before.
+
+The kernel takes what it can get and reports success (Documentation/admin-guide/mm/hugetlbpage.rst), so every write
+is read back. All of this can take seconds to minutes: callers in the event loop use a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmd.effects.tree import Tree
+from kvmd.errors import HostFailed, NotSupported
+from kvmd.facts import HugepagePool
+from kvmd.units import Size
+
+NODE = "/sys/devices/system/node"
+GLOBAL = "/sys/kernel/mm/hugepages"
+
+
+def observe_pools(tree: Tree) -> tuple[HugepagePool, ...]:
+    """Every pool by node and page size; without NUMA directories the host's own, as node 0.
+
+    Reservations (mapped, not yet touched) exist for the whole host only: they are shown on the first nodes that have
+    the free pages to honour them.
+    """
+    directories = [
+        (node, page_kib, _directory(tree, node, page_kib))
+        for node in tree.numbered(NODE, "node")
+        for page_kib in _sizes(tree, f"{NODE}/node{node}/hugepages")
+    ] or [(0, page_kib, _directory(tree, 0, page_kib)) for page_kib in _sizes(tree, GLOBAL)]
+    unplaced = {page_kib: _count(tree, f"{_pool(GLOBAL, page_kib)}/resv_hugepages") for _, page_kib, _ in directories}
+    pools = []
+    for node, page_kib, directory in directories:
+        free = _count(tree, f"{directory}/free_hugepages")
+        reserved = min(free, unplaced[page_kib])
+        unplaced[page_kib] -= reserved
+        pools.append(
+            HugepagePool(
+                node=node,
+                page_bytes=page_kib << 10,
+                total=_count(tree, f"{directory}/nr_hugepages"),
+                free=free,
+                surplus=_count(tree, f"{directory}/surplus_hugepages"),
+                reserved=reserved,
+            )
+        )
+    return tuple(pools)
+
+
+def set_pool(tree: Tree, write: Callable[[str, str], None], node: int, page_bytes: int, count: int) -> int:
+    """Make the pool hold `count` pages that stay, and return what it then holds.
+
+    Never asks for fewer than are in use (the rest would only turn into surplus). Too few: memory is compacted once,
+    asked again, else the old number is restored. Raises HostFailed with both numbers, NotSupported for a size or
+    node that is not there.
+    """
+    page_kib = page_bytes >> 10
+    directory = _directory(tree, node, page_kib)
+    knob = f"{directory}/nr_hugepages"
+    old = _persistent(tree, directory)
+    if old is None:
+        raise NotSupported(f"node {node} of this host has no pool of {Size(page_bytes)} pages", path=knob)
+    used = _count(tree, knob) - _count(tree, f"{directory}/free_hugepages")
+    wanted = max(count, used)
+    if old == wanted:
+        return old
+    _ask(write, knob, wanted, page_bytes)
+    got = _persistent(tree, directory) or 0
+    if got < wanted:
+        _compact(tree, write, node)
+        _ask(write, knob, wanted, page_bytes)
+        got = _persistent(tree, directory) or 0
+    if got >= wanted:
+        return got
+    restored = _roll_back(tree, write, directory, old)
+    raise HostFailed(
+        f"asked {wanted} pages of {Size(page_bytes)} on node {node}, the host gave {got}; back to {restored}",
+        hint=_hint(page_bytes, wanted),
+        node=node,
+        page_bytes=page_bytes,
+        asked=wanted,
+        got=got,
+        restored=restored,
+    )
+
+
+def _ask(write: Callable[[str, str], None], knob: str, count: int, page_bytes: int) -> None:
+    try:
+        write(knob, str(count))
+    except HostFailed as error:
+        if error.hint is None:
+            error.hint = _hint(page_bytes, count)
+        raise
+
+
+def _roll_back(tree: Tree, write: Callable[[str, str], None], directory: str, old: int) -> int:
+    used = _count(tree, f"{directory}/nr_hugepages") - _count(tree, f"{directory}/free_hugepages")
+    write(f"{directory}/nr_hugepages", str(max(old, used)))
+    return _persistent(tree, directory) or 0
+
+
+def _compact(tree: Tree, write: Callable[[str, str], None], node: int) -> None:
+    """Any write compacts (Documentation/admin-guide/sysctl/vm.rst); a kernel that cannot only spoils the retry."""
+    for knob in (f"{NODE}/node{node}/compact", "/proc/sys/vm/compact_memory"):
+        if tree.exists(knob):
+            try:
+                write(knob, "1")
+            except HostFailed:
+                continue
+            return
+
+
+def _hint(page_bytes: int, count: int) -> str:
+    if page_bytes >= 1 << 30:
+        size = f"{page_bytes >> 30}G"
+        return (
+            f"pages of {Size(page_bytes)} are sure only at boot: add to the kernel command line "
+            f'"hugepagesz={size} hugepages={count}"'
+        )
+    return "memory is too fragmented or too full: stop a guest, drop caches, ask for fewer pages, or reserve them early"
+
+
+def _persistent(tree: Tree, directory: str) -> int | None:
+    """nr_hugepages counts surplus pages too, and what is written to it does not."""
+    total = tree.number(f"{directory}/nr_hugepages")
+    return None if total is None else total - _count(tree, f"{directory}/surplus_hugepages")
+
+
+def _directory(tree: Tree, node: int, page_kib: int) -> str:
+    own = _pool(f"{NODE}/node{node}/hugepages", page_kib)
+    if node == 0 and not any(_sizes(tree, f"{NODE}/node{n}/hugepages") for n in tree.numbered(NODE, "node")):
+        return _pool(GLOBAL, page_kib)
+    return own
+
+
+def _pool(parent: str, page_kib: int) -> str:
+    return f"{parent}/hugepages-{page_kib}kB"
+
+
+def _sizes(tree: Tree, parent: str) -> list[int]:
+    names = [name.removeprefix("hugepages-").removesuffix("kB") for name in tree.names(parent)]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def _count(tree: Tree, path: str) -> int:
+    return max(0, tree.number(path) or 0)
