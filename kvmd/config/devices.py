@@ -1,0 +1,312 @@
+"""The device tables of a guest file: disks, NICs, display, serial ports and the small ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kvmd.config.key import Table, key, later
+from kvmd.config.scalars import (
+    DiskSerial,
+    GuestName,
+    Hostfwd,
+    Ipv4,
+    Ipv4Network,
+    Mac,
+    Path,
+    PciAddress,
+    QemuWord,
+)
+
+_BLOCK_FORMATS_LATER = ("vmdk", "vdi", "vhdx", "vpc", "qed", "luks")
+_INTERFACES_LATER = ("scsi", "ide", "sata", "nvme", "usb", "floppy", "sd", "mtd", "pflash")
+
+
+class DiskEncryption(Table):
+    """[disk.NAME.encryption]"""
+
+    key_file: None = later("absolute path", "File with the passphrase.", mark="!")
+
+
+class Disk(Table):
+    """[disk.NAME]"""
+
+    file: Path = key(..., "Image or block device.", mark="!", classic="-drive file=", example='"/srv/vm/web.qcow2"')
+    format: Literal["raw", "qcow2"] = key(
+        ...,
+        "Never guessed: a guest could write another format's header.",
+        mark="!",
+        classic="format=",
+        example='"qcow2"',
+        later_values=_BLOCK_FORMATS_LATER,
+    )
+    size: None = later("size", "With `from`: size of the image to make.", mark="~")
+    from_: None = later("text", "Image to make the disk from.", alias="from")
+    interface: Literal["virtio"] = key(
+        "virtio",
+        'The device; media = "cdrom" has the machine\'s own controller instead.',
+        mark="!",
+        classic="if=",
+        later_values=_INTERFACES_LATER,
+    )
+    bus: None = later("number", "Bus of the interface.", mark="!", classic="bus=")
+    unit: None = later("number", "Unit on the bus.", mark="!", classic="unit=")
+    index: None = later("number", "bus and unit in one.", mark="!", classic="index=")
+    media: Literal["disk", "cdrom"] = key("disk", "A CD is read-only.", mark="!", classic="media=")
+    snapshot: Literal[False] = key(
+        False, "Write to a temporary overlay.", mark="!", classic="snapshot=on", later_values=(True,)
+    )
+    cache: Literal["none", "writeback", "writethrough", "directsync", "unsafe"] | None = key(
+        None,
+        "Host page cache and flushes.",
+        mark="!",
+        classic="cache=",
+        default_text="none where O_DIRECT works, else writeback",
+        example='"none"',
+    )
+    aio: Literal["threads", "native", "io_uring"] | None = key(
+        None,
+        "How QEMU does I/O.",
+        mark="!",
+        classic="aio=",
+        default_text="native with direct cache, else threads",
+        example='"native"',
+    )
+    readonly: bool = key(False, "The guest cannot write.", mark="!", classic="readonly=on")
+    serial: DiskSerial | None = key(
+        None, "Serial number the guest sees, at most 20 bytes.", mark="!", classic="serial="
+    )
+    pci_address: PciAddress | None = key(None, "Slot and function.", mark="!", classic="addr=")
+    discard: Literal["ignore", "unmap"] = key(
+        "ignore", "Whether the guest's discards free space.", mark="!", classic="discard="
+    )
+    detect_zeroes: Literal["off", "on", "unmap"] = key(
+        "off", "Turn writes of zeroes into holes.", mark="!", classic="detect-zeroes="
+    )
+    iothread: None = later("text", "I/O thread.", mark="!", classic="iothread=")
+    queues: None = later("number", "Request queues.", mark="!", classic="num-queues=")
+    throttle: None = later("table", "Limits of rate.", mark="~", classic="bps= iops=")
+    logical_block_size: None = later("number", "Sector size the guest sees.", mark="!", unit="bytes")
+    on_error: Literal["report", "ignore", "stop", "stop_enospc"] = key(
+        "stop_enospc", "What an I/O error does.", mark="!", classic="werror= rerror="
+    )
+    backing: None = later("absolute path", "Backing image.", mark="!")
+    shared: None = later("yes/no", "Several guests use it.", mark="!", classic="share-rw=")
+    encryption: DiskEncryption | None = key(None, "Encrypted image.", mark="!")
+
+    @property
+    def writable(self) -> bool:
+        """Whether the guest may write to it."""
+        return not self.readonly and self.media == "disk"
+
+
+class Nic(Table):
+    """[nic.NAME]"""
+
+    network: GuestName | None = key(
+        None, "networks.d/NETWORK.toml to be plugged into.", mark="!", classic="-net tap", example='"lan"'
+    )
+    type: Literal["user"] | None = key(
+        None,
+        'Instead of `network`: "user" is NAT inside QEMU.',
+        mark="!",
+        classic="-net user",
+        example='"user"',
+        later_values=("tap", "bridge", "hub", "macvtap", "vf", "vhost-user", "passt"),
+    )
+    hub: None = later("number", "Hub inside the guest's QEMU.", classic="-net vlan=")
+    model: QemuWord = key("virtio", "The device.", mark="!", classic="-net nic,model=", needs="device of that name")
+    mac: Mac | None = key(None, "Absent: made from the guest's uuid and NAME.", mark="!", classic="macaddr=")
+    pci_address: None = later("PCI slot", "Slot and function.", mark="!", classic="addr=")
+    vectors: None = later("number", "MSI-X vectors.", mark="!", classic="vectors=")
+    mtu: int | None = key(
+        None,
+        "MTU told to the guest.",
+        mark="!",
+        unit="bytes",
+        needs="virtio-net host_mtu",
+        ge=68,
+        le=65535,
+        example="1500",
+        default_text="the network's",
+    )
+    queues: int = key(1, "Queue pairs, at most one per vCPU.", mark="!", classic="queues=", ge=1, le=256)
+    vlan: None = later("number", "Access port's VLAN.", mark="~")
+    vlans: None = later("list of number", "Tagged VLANs.", mark="~")
+    native_vlan: None = later("number", "Untagged VLAN of a trunk.", mark="~")
+    ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
+    ipv6: None = later("IPv6 address", "As ipv4.")
+    link: None = later("yes/no", "Cable plugged in.", mark="~")
+    rate_in: None = later("bandwidth", "Towards the guest.", mark="~")
+    rate_out: None = later("bandwidth", "From the guest.", mark="~")
+    guard: None = later("yes/no", "No foreign MAC or address leaves this port.", mark="~")
+    boot_index: None = later("number", "Use boot.order.", classic="bootindex=")
+    net: Ipv4Network | None = key(
+        None, 'type = "user": the subnet.', mark="!", classic="-net user,net=", default_text="10.0.2.0/24"
+    )
+    dns: Ipv4 | None = key(None, 'type = "user": address of the name server.', mark="!", classic="-net user,dns=")
+    hostfwd: tuple[Hostfwd, ...] = key(
+        (),
+        'type = "user": ports of the host that lead into the guest.',
+        mark="!",
+        classic="-net user,hostfwd=",
+        example='["tcp:127.0.0.1:8080-:80"]',
+    )
+    tftp: None = later("absolute path", 'type = "user": built-in TFTP server.', mark="!", classic="-net user,tftp=")
+    restrict: bool = key(False, 'type = "user": no way out of the guest.', mark="!", classic="-net user,restrict=")
+    ifname: None = later("interface name", 'type = "tap".', mark="!", classic="-net tap,ifname=")
+    fd: None = later("number", 'type = "tap".', mark="!", classic="-net tap,fd=")
+    script: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,script=")
+    downscript: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,downscript=")
+    helper: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,helper=")
+    sndbuf: None = later("size", 'type = "tap".', mark="!", classic="-net tap,sndbuf=")
+    vnet_hdr: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vnet_hdr=")
+    vhost: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vhost=")
+    vhostfd: None = later("number", 'type = "tap".', mark="!", classic="-net tap,vhostfd=")
+    vhostforce: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vhostforce=")
+    interface: None = later("interface name", 'type = "macvtap": the NIC below.', mark="!")
+    macvtap_mode: None = later("text", 'type = "macvtap".', mark="!")
+    pool: None = later("interface name", 'type = "vf": the physical NIC.', mark="!")
+    pci: None = later("PCI address", 'type = "vf": one function.', mark="!")
+
+
+class Hostdev(Table):
+    """[hostdev.NAME]"""
+
+    pci: None = later("PCI address", "Function of the host.", mark="~", classic="-device vfio-pci")
+    usb: None = later("text", "USB device of the host.", mark="~", classic="-usbdevice host:")
+    mdev: None = later("UUID", "Mediated device.", mark="~")
+    rom: None = later("absolute path", "Option ROM.", mark="~", classic="romfile=")
+    boot_index: None = later("number", "Use boot.order.", classic="bootindex=")
+
+
+class Display(Table):
+    """[display]"""
+
+    type: Literal["none", "vnc"] = key("none", "Graphical console.", mark="!", classic="-vnc", later_values=("spice",))
+    listen: Literal["unix"] = key(
+        "unix",
+        "Where it listens: a socket in the guest's run directory.",
+        mark="!",
+        classic="-vnc",
+        later_values=("127.0.0.1", "0.0.0.0", "::", "::1", "localhost"),
+    )
+    password_file: None = later("absolute path", "Password, never on a command line.", mark="~")
+    tls: None = later("table", "Certificates.", mark="!")
+    websocket: None = later("number", "Port for browsers.", mark="!")
+    keyboard: None = later("text", "Keyboard layout.", mark="!", classic="-k")
+
+
+class Video(Table):
+    """[video]"""
+
+    model: Literal["std", "virtio", "none"] | None = key(
+        None,
+        "Graphics card.",
+        mark="!",
+        classic="-vga",
+        default_text="std with a display, else none",
+        example='"virtio"',
+        later_values=("cirrus", "qxl", "vmware", "bochs", "ramfb"),
+    )
+    memory: None = later("size", "Video memory.", mark="!")
+
+
+class Serial(Table):
+    """[serial.NAME]"""
+
+    type: Literal["unix"] = key(
+        "unix",
+        "A socket in the guest's run directory.",
+        mark="!",
+        classic="-serial",
+        later_values=("pty", "tcp", "file", "stdio", "telnet"),
+    )
+    log: bool = key(True, "Keep what the guest writes in the log directory.", mark="!")
+
+
+class Console(Table):
+    """[console.NAME]"""
+
+    type: None = later("text", "A virtio console port.", mark="!", classic="-device virtconsole")
+    log: None = later("yes/no", "Keep what the guest writes.")
+
+
+class Agent(Table):
+    """[agent]"""
+
+    enabled: bool = key(False, "Channel of the QEMU guest agent.", mark="!", classic="-chardev", example="true")
+
+
+class Rng(Table):
+    """[rng]"""
+
+    source: Literal["builtin", "/dev/urandom"] | None = key(
+        None,
+        "Randomness for the guest; absent: no device.",
+        mark="!",
+        classic="-device virtio-rng-pci",
+        example='"builtin"',
+        later_values=("/dev/random", "/dev/hwrng", "egd"),
+    )
+
+
+class Watchdog(Table):
+    """[watchdog]"""
+
+    model: None = later("text", "Watchdog device.", mark="!", classic="-watchdog")
+    action: None = later("text", "What it does.", mark="!", classic="-watchdog-action")
+
+
+class Rtc(Table):
+    """[rtc]"""
+
+    base: None = later("text", "utc, localtime or a date.", mark="!", classic="-rtc base=")
+    clock: None = later("text", "host, rt or vm.", mark="!", classic="-rtc clock=")
+
+
+class Vsock(Table):
+    """[vsock]"""
+
+    cid: None = later("number", "Context id.", mark="!", classic="-device vhost-vsock-pci")
+
+
+class Sound(Table):
+    """[sound]"""
+
+    model: None = later("text", "Sound card.", mark="!", classic="-soundhw")
+
+
+class Usb(Table):
+    """[usb]"""
+
+    controller: None = later("text", "USB controller.", mark="!", classic="-usb")
+
+
+class Pvpanic(Table):
+    """[pvpanic]"""
+
+    enabled: bool = key(False, "The guest's kernel reports its panics.", mark="!", needs="pvpanic-pci", example="true")
+
+
+class Hyperv(Table):
+    """[hyperv]"""
+
+    enabled: None = later("yes/no", "Enlightenments for Windows.", mark="!", classic="-cpu hv_*")
+
+
+class Share(Table):
+    """[share.NAME]"""
+
+    source: None = later("absolute path", "Directory of the host.", mark="!", classic="-virtfs")
+    tag: None = later("text", "What the guest mounts.", mark="!")
+    readonly: None = later("yes/no", "The guest cannot write.", mark="!")
+
+
+class CloudInit(Table):
+    """[cloud_init]"""
+
+    user_data_file: None = later("absolute path", "User data.")
+    meta_data: None = later("table", "Meta data.")
+    network_config_file: None = later("absolute path", "Network configuration.")
+    ssh_keys: None = later("list of text", "Public keys.")
+    hostname: None = later("text", "Name inside the guest.")

@@ -1,0 +1,222 @@
+"""host.toml: what this machine gives to its guests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator
+
+from kvmd.config.key import Kind, Table, key, later, named_tables, optional_table, quote, table
+from kvmd.config.scalars import (
+    AutoCpuSet,
+    AutoSize,
+    DurationT,
+    Interface,
+    Number,
+    PercentT,
+    QemuWord,
+    SizeT,
+    Swappiness,
+    described,
+)
+from kvmd.units import Duration, Percent, Size
+
+# Sizes some architecture has (Documentation/admin-guide/mm/hugetlbpage.rst); which of them this host has is
+# the planner's question.
+PAGE_SIZES: Mapping[str, Size] = {
+    text: Size.parse(text) for text in ("64KiB", "1MiB", "2MiB", "16MiB", "32MiB", "512MiB", "1GiB", "16GiB")
+}
+_MAX_PAGES = 1 << 40
+_MAX_NODE = 1023  # CONFIG_NODES_SHIFT is at most 10
+
+
+def _page_size(text: str) -> str:
+    if text not in PAGE_SIZES:
+        raise ValueError(f"{quote(text)} is not a page size: write [hugepages.2MiB] or [hugepages.1GiB]")
+    return text
+
+
+def _one_count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f'wants "auto", a number of pages or {{ node0 = 512 }}; this is {described(value)}')
+    if not 0 <= value <= _MAX_PAGES:
+        raise ValueError(f"{quote(value)} is not a number of pages")
+    return value
+
+
+def _pages(value: object) -> object:
+    if value == "auto" and isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        return _one_count(value)
+    if not value:
+        raise ValueError("is an empty table; write for example { node0 = 512, node1 = 512 }")
+    for node in value:
+        number = node.removeprefix("node") if isinstance(node, str) and node.startswith("node") else ""
+        if not (number.isascii() and number.isdigit() and str(int(number)) == number and int(number) <= _MAX_NODE):
+            raise ValueError(f"{quote(node)} is not a node: write for example node0")
+    return {node: _one_count(count) for node, count in value.items()}
+
+
+Pages = Annotated[
+    Literal["auto"] | int | Mapping[str, int],
+    PlainValidator(_pages),
+    Kind('"auto", number or table node to number', "{ node0 = 512 }"),
+]
+PageSize = Annotated[str, AfterValidator(_page_size), Kind("page size", "2MiB")]
+
+
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{quote(value)} is outside 0 to 1")
+    return value
+
+
+def _ratio(value: float) -> float:
+    if not 0 < value <= 1000:
+        raise ValueError(f"{quote(value)} is outside 0 to 1000")
+    return value
+
+
+class HostCpu(Table):
+    """[cpu]"""
+
+    housekeeping: AutoCpuSet = key(
+        "auto",
+        'CPUs for the host and for QEMU\'s own threads, never for a dedicated vCPU; "auto": first core of each node.',
+        mark="~",
+    )
+    irq_affinity: Literal["keep"] = key(
+        "keep", "Where interrupts go.", mark="~", later_values=("housekeeping",), classic="irqaffinity="
+    )
+    kernel_args: Literal["advise"] = key(
+        "advise", "Kernel command line for isolation.", later_values=("write",), classic="isolcpus="
+    )
+    overcommit_ratio: Annotated[Number, AfterValidator(_ratio)] = key(
+        4.0, "Warn above so many vCPUs per host CPU.", mark="~"
+    )
+
+
+class HostMemory(Table):
+    """[memory]"""
+
+    reserve: AutoSize = key("auto", 'For the host itself; "auto": 1 GiB and 2 % of RAM.', mark="~", unit="bytes")
+    admission: Literal["strict", "swap_backed", "statistical"] = key(
+        "swap_backed", "How much may be promised to guests.", mark="~"
+    )
+    swap_factor: Annotated[Number, AfterValidator(_share)] = key(
+        0.8, "Share of swap that backs promises.", mark="~", example="0.8"
+    )
+
+
+class HugepagePoolConfig(Table):
+    """[hugepages.SIZE]"""
+
+    pages: Pages = key(
+        "auto",
+        'Pages to reserve; "auto": the sum of the guests\' needs.',
+        mark="~",
+        unit="pages",
+        classic="vm.nr_hugepages",
+    )
+    spare: SizeT = key(Size(0), 'With "auto": kept free for the next guest.', mark="~", unit="bytes", example='"1GiB"')
+    compact: bool = key(True, "Compact memory once when pages are short.", mark="~")
+
+
+class Thp(Table):
+    """[thp]"""
+
+    enabled: Literal["keep", "always", "madvise", "never"] = key("keep", "Transparent hugepages.", mark="~")
+    defrag: Literal["keep", "always", "defer", "defer+madvise", "madvise", "never"] = key(
+        "keep", "What an allocation does to get one.", mark="~"
+    )
+
+
+class Ksm(Table):
+    """[ksm]"""
+
+    mode: Literal["keep", "off", "kernel", "kvmd"] = key(
+        "off", "Who drives page merging: nobody touches it, off, the kernel's advisor, kvmd by profit.", mark="~"
+    )
+    max_cpu: PercentT = key(Percent(0.1), "Of one CPU.", mark="~")
+    across_nodes: bool = key(False, "Merge pages of different NUMA nodes.", mark="~")
+    scan_target: DurationT = key(
+        Duration(200), "The kernel's advisor: time of one full scan.", mark="~", example='"200s"'
+    )
+
+
+class SwapFile(Table):
+    """[swap.file]"""
+
+    path: None = later("absolute path", "Swap file to make and use.")
+    size: None = later("size", "Of the swap file.")
+
+
+class SwapZram(Table):
+    """[swap.zram]"""
+
+    size: None = later("size", "Compressed swap in RAM.")
+
+
+class Swap(Table):
+    """[swap]"""
+
+    swappiness: Swappiness = key("keep", "vm.swappiness.", mark="~", classic="vm.swappiness", example="10")
+    file: SwapFile | None = optional_table("A swap file.")
+    zram: SwapZram | None = optional_table("Compressed swap.")
+
+
+class HostTuning(Table):
+    """[tuning]"""
+
+    mode: Literal["off", "advise", "apply"] = key("advise", "For the three below.", mark="~")
+    balloon: Literal["off", "advise", "apply"] | None = key(
+        None, "Move memory between guests.", mark="~", default_text="tuning.mode"
+    )
+    ksm: Literal["off", "advise", "apply"] | None = key(None, "Page merging.", mark="~", default_text="tuning.mode")
+    placement: Literal["off", "advise", "apply"] | None = key(
+        None, "vCPU placement.", mark="~", default_text="tuning.mode"
+    )
+
+
+class Modules(Table):
+    """[modules]"""
+
+    load: None = later("list of text", "Kernel modules to load.", classic="modprobe")
+
+
+class Sriov(Table):
+    """[sriov.NIC]"""
+
+    vfs: None = later("number", "Virtual functions to make.", classic="sriov_numvfs")
+
+
+class Passthrough(Table):
+    """[passthrough]"""
+
+    allow: None = later("list of PCI address", "Devices that may be given to guests.")
+
+
+class CpuModel(Table):
+    """[cpu_model.NAME]"""
+
+    base: None = later("text", "QEMU's model it starts from.", classic="[cpudef]")
+    features: None = later("table", "Features switched on or off.", classic="[cpudef]")
+
+
+class Host(Table):
+    """A whole file."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    cpu: HostCpu = table(HostCpu)
+    memory: HostMemory = table(HostMemory)
+    hugepages: Mapping[PageSize, HugepagePoolConfig] = named_tables("A pool of pages of one size.")
+    thp: Thp = table(Thp)
+    ksm: Ksm = table(Ksm)
+    swap: Swap = table(Swap)
+    tuning: HostTuning = table(HostTuning)
+    modules: Modules = table(Modules)
+    sriov: Mapping[Interface, Sriov] = named_tables("Virtual functions of a NIC.", later=True)
+    passthrough: Passthrough = table(Passthrough)
+    cpu_model: Mapping[QemuWord, CpuModel] = named_tables("A CPU model of this host's own.", later=True)

@@ -1,0 +1,140 @@
+"""networks.d/NAME.toml: one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from kvmd.config.key import Table, key, later, named_tables, optional_table, table
+from kvmd.config.scalars import (
+    AutoInterface,
+    Domain,
+    DurationT,
+    Interface,
+    Ipv4,
+    Ipv4Interface,
+    Mac,
+    TableName,
+)
+from kvmd.units import Duration
+
+_BRIDGE_PREFIX = "kv"
+
+
+class About(Table):
+    """[network]"""
+
+    mode: Literal["nat", "isolated", "bridge"] = key(
+        ...,
+        '"nat": out through the host; "isolated": guests and host only; "bridge": an existing bridge.',
+        mark="~",
+        example='"nat"',
+        later_values=("routed", "macvtap"),
+    )
+    bridge: Interface | None = key(
+        None,
+        'The Linux bridge. kvmd makes it unless mode = "bridge".',
+        mark="~",
+        classic="-net bridge,br=",
+        example='"kvlan"',
+        default_text='"kv" and the network\'s name',
+    )
+    mtu: int = key(1500, "Of bridge and TAPs.", mark="~", unit="bytes", ge=68, le=65535)
+    stp: bool = key(False, "Spanning tree.", mark="~")
+    vlan_filtering: Literal[False] = key(False, "Ports with VLANs.", mark="~", later_values=(True,))
+    guests_isolated: bool = key(False, "Guests of this network cannot talk to each other.", mark="~")
+    description: str = key("", "For people.", max_length=1000, example='"office guests"')
+
+
+class Uplink(Table):
+    """[uplink]"""
+
+    interface: None = later("interface name", "NIC to be put into the bridge.", mark="~")
+    rollback: None = later("duration", "Undo when the host cannot be reached.", mark="~")
+
+
+class Dhcp(Table):
+    """[ipv4.dhcp]"""
+
+    range: tuple[Ipv4, Ipv4] = key(
+        ..., "First and last address of the pool.", mark="~", example='["192.168.50.100", "192.168.50.200"]'
+    )
+    lease: DurationT = key(Duration(12 * 3600), "Lifetime of a lease.", mark="~", example='"12h"')
+    options: None = later("table", "More DHCP options.", mark="~")
+
+
+class Ipv4Config(Table):
+    """[ipv4]"""
+
+    address: Ipv4Interface = key(..., "The host's address on the bridge, with the prefix.", mark="~")
+    dhcp: Dhcp | None = optional_table("DHCP server; absent: none.")
+
+
+class Ipv6Config(Table):
+    """[ipv6]"""
+
+    address: None = later("IPv6 address/prefix", "The host's address.", mark="~")
+    mode: None = later("text", "none, slaac or dhcp.", mark="~")
+
+
+class Dns(Table):
+    """[dns]"""
+
+    enabled: bool = key(True, "Name server for the guests, with their names.", mark="~")
+    domain: Domain | None = key(None, "Domain of the guests' names.", mark="~")
+    upstream: tuple[Ipv4, ...] = key(
+        (), "Servers to ask; empty: the host's resolvers.", mark="~", example='["192.0.2.53"]'
+    )
+
+
+class Nat(Table):
+    """[nat]"""
+
+    uplink: AutoInterface = key("auto", "The way out.", mark="~")
+
+
+class Forward(Table):
+    """[forward.NAME]"""
+
+    listen: None = later("text", "ADDRESS:PORT on the host.", mark="~")
+    to: None = later("text", "GUEST:PORT.", mark="~")
+    protocol: None = later("text", "tcp or udp.", mark="~")
+
+
+class Reservation(Table):
+    """[reservation.NAME]: a machine that is not a guest of kvmd."""
+
+    mac: Mac = key(..., "Its MAC address.", mark="~")
+    ipv4: Ipv4 = key(..., "The address it gets.", mark="~")
+    ipv6: None = later("IPv6 address", "The address it gets.", mark="~")
+
+
+class Firewall(Table):
+    """[firewall]"""
+
+    host_access: bool = key(True, "Guests may reach the host beyond DHCP and DNS.", mark="~")
+
+
+class Network(Table):
+    """A whole file."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    network: About
+    uplink: Uplink | None = optional_table("NIC in the bridge.")
+    ipv4: Ipv4Config | None = optional_table("IPv4 on the bridge; absent: none.")
+    ipv6: Ipv6Config | None = optional_table("IPv6 on the bridge.")
+    dns: Dns = table(Dns)
+    nat: Nat = table(Nat)
+    forward: Mapping[TableName, Forward] = named_tables("A port of the host that leads to a guest.", later=True)
+    reservation: Mapping[TableName, Reservation] = named_tables("A fixed address.")
+    firewall: Firewall = table(Firewall)
+
+
+def bridge_name(name: str, network: Network) -> str:
+    """The bridge of network `name`: what the file says, else "kv" and the name.
+
+    `rules.py` refuses files where that would pass the 15 bytes of an interface name.
+    """
+    return network.network.bridge or _BRIDGE_PREFIX + name
