@@ -125,6 +125,17 @@ class RunningGuest:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestLife:
+    """Where one guest is and where it was last asked to be."""
+
+    name: str
+    alive: bool
+    wanted: bool  # running is what was last asked for, or what boot gives it
+    held: str | None = None  # why kvmd keeps its hands off: a hold, a crash budget used up
+    pending: tuple[str, ...] = ()  # changed keys that need a new QEMU
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """The world, read once."""
 
@@ -137,4 +148,5 @@ class Facts:
     nft: str | None = None  # our ruleset's fingerprint comment, None: no table of ours
     dnsmasq: tuple[Dnsmasq, ...] = ()
     guests: tuple[RunningGuest, ...] = ()
+    lives: tuple[GuestLife, ...] = ()
     foreign_qemu_bytes: int = 0  # RSS of QEMU processes that are not ours
