@@ -1,0 +1,140 @@
+"""The rows of kvmd's databases as the rest of kvmd sees them: frozen, typed, without SQL.
+
+Times are UNIX seconds; boot ids are /proc/sys/kernel/random/boot_id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from kvmd.facts import Process
+
+WantedState = Literal["running", "stopped"]
+
+
+class EffectKind(StrEnum):
+    """What of the host kvmd changes and can undo; the part of a journal key before the first colon."""
+
+    KNOB = "knob"
+    HUGEPAGES = "hugepages"
+    BRIDGE = "bridge"
+    RULESET = "ruleset"
+    DNSMASQ = "dnsmasq"
+
+
+def knob_key(path: str) -> str:
+    """Journal key of one sysfs or procfs file."""
+    return f"{EffectKind.KNOB}:{path}"
+
+
+def hugepages_key(node: int, page_bytes: int) -> str:
+    """Journal key of one node's pool of one page size."""
+    return f"{EffectKind.HUGEPAGES}:{node}:{page_bytes}"
+
+
+def bridge_key(bridge: str) -> str:
+    """Journal key of a bridge kvmd made."""
+    return f"{EffectKind.BRIDGE}:{bridge}"
+
+
+def ruleset_key(table: str) -> str:
+    """Journal key of kvmd's nft table ("inet kvmd")."""
+    return f"{EffectKind.RULESET}:{table}"
+
+
+def dnsmasq_key(network: str) -> str:
+    """Journal key of a network's DHCP and DNS server."""
+    return f"{EffectKind.DNSMASQ}:{network}"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One host effect of ours in boot `boot_id`: `original` was there before the first, `new` is the last wish."""
+
+    key: str
+    original: str
+    new: str
+    boot_id: str
+    why: str
+
+    @property
+    def kind(self) -> str:
+        """An EffectKind; a plain string, for a later kvmd may have written others."""
+        return self.key.partition(":")[0]
+
+    @property
+    def subject(self) -> str:
+        """What follows the kind: a path, "0:2097152", a bridge, a network."""
+        return self.key.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was last asked of a guest, by whom and why."""
+
+    guest: str
+    state: WantedState
+    actor: str
+    reason: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Hands off this guest: no autostart, restart or reconcile touches it."""
+
+    guest: str
+    actor: str
+    reason: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestRun:
+    """One QEMU of a guest, from the intent to start it on. `process` and `running_at` are None until known."""
+
+    name: str
+    uuid: str
+    uid: int
+    boot_id: str
+    nonce: str  # in QEMU's argv: proves a process to be this very run
+    begun_at: float
+    process: Process | None = None
+    running_at: float | None = None
+    config_text: str = ""  # the TOML it was started with, byte for byte
+    argv: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEnd:
+    """How the last run of a guest ended; `begun_at` and `process` are None when no run was on record."""
+
+    guest: str
+    reason: str
+    detail: str
+    time: float
+    begun_at: float | None = None
+    process: Process | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, for subscribers and `kvmd-cli events`. `data` is the text of a JSON object."""
+
+    cursor: int
+    time: float
+    type: str
+    guest: str | None
+    actor: str | None
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the tuning agent decided about a guest (None: about the host). `data` is the text of a JSON object."""
+
+    time: float
+    guest: str | None
+    data: str
