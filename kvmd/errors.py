@@ -7,7 +7,7 @@ Nothing here imports anything, so the client can use it without paying for the d
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class KvmdError(Exception):
@@ -17,9 +17,9 @@ class KvmdError(Exception):
     `kvmd-cli` returns. `details` must be JSON values.
     """
 
-    slug: ClassVar[str] = "failed"
+    slug: str = "failed"
     rpc_code: int = -32000
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(message)

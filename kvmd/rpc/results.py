@@ -1,0 +1,311 @@
+"""What the API takes and gives, method by method: the shapes clients rely on. Frozen; unknown names are refused.
+
+Sizes are bytes, times are seconds since the epoch unless a name says otherwise. A name without a value is null and
+never left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
+
+GuestName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$")]
+EventType = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+State = Literal["stopped", "starting", "running", "paused", "stopping", "unreachable", "failed"]
+DisruptionName = Literal["none", "guest", "network", "host"]
+_DAY_S = 86_400
+
+
+class Shape(BaseModel):
+    """Common rules of everything here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# -- guests
+
+
+class GuestParams(Shape):
+    """One guest."""
+
+    name: GuestName
+
+
+class GuestVerbParams(GuestParams):
+    """One guest, and how long and how hard to try."""
+
+    force: bool = Field(default=False, description="go on to the means that may lose data")
+    timeout_s: float | None = Field(default=None, gt=0, le=_DAY_S, description="null: the guest's own setting")
+    wait: bool = Field(default=True, description="answer when it is done, not when it has begun")
+
+
+class GuestVerbResult(Shape):
+    """Where the guest is now, and whether that needed doing."""
+
+    name: str
+    state: State
+    changed: bool
+
+
+class GuestSummary(Shape):
+    """One line of a list of guests."""
+
+    name: str
+    state: State
+    reason: str | None = Field(description="why it is in that state")
+    uuid: str | None
+    pid: int | None = Field(description="of its QEMU")
+    vcpus: int
+    memory_bytes: int
+    balloon_bytes: int | None = Field(description="what the balloon leaves it now")
+    wanted: str | None = Field(description="the state kvmd works towards")
+    since: float | None = Field(description="when it came into this state")
+    pending: tuple[str, ...] = Field(description="keys of its file that differ from what runs")
+    stale: bool = Field(description="its file does not check; the last good one counts")
+    observed_at: float = Field(description="when this was true")
+
+
+class GuestList(Shape):
+    """All guests, by name."""
+
+    guests: tuple[GuestSummary, ...]
+
+
+class Disk(Shape):
+    """A guest's disk."""
+
+    name: str
+    file: str
+    format: str
+    size_bytes: int | None
+
+
+class Nic(Shape):
+    """A guest's network interface."""
+
+    name: str
+    network: str | None = Field(description="null: user mode")
+    mac: str
+    ipv4: str | None
+    tap: str | None
+
+
+class PlacementShape(Shape):
+    """The CPUs each vCPU, and everything else of a QEMU, may run on."""
+
+    vcpus: tuple[str, ...]
+    emulator: str
+
+
+class GuestDetail(GuestSummary):
+    """All about one guest."""
+
+    description: str | None
+    machine: str | None
+    accel: str | None
+    display: str | None
+    disks: tuple[Disk, ...]
+    nics: tuple[Nic, ...]
+    placement: PlacementShape | None
+    warnings: tuple[str, ...]
+    argv: tuple[str, ...] = Field(description="what its QEMU was, or would be, started with")
+    log_dir: str
+
+
+# -- the host
+
+
+class ActionShape(Shape):
+    """One thing to do."""
+
+    kind: str
+    line: str = Field(description="as a plan shows it")
+    why: str
+    disruption: DisruptionName = Field(description="whom it disturbs")
+
+
+class OutcomeShape(ActionShape):
+    """One thing done, or not: then `error` says why."""
+
+    error: str | None
+
+
+class ProblemShape(Shape):
+    """Something asked for that cannot be had; `guests` do not start because of it."""
+
+    subject: str
+    message: str
+    hint: str | None
+    guests: tuple[str, ...]
+
+
+class FaultShape(Shape):
+    """Something wrong in a file."""
+
+    file: str
+    line: int | None
+    key: str | None
+    message: str
+    hint: str | None
+    severity: Literal["error", "warning"]
+
+
+class Plan(Shape):
+    """What would be done, and what cannot be."""
+
+    actions: tuple[ActionShape, ...]
+    problems: tuple[ProblemShape, ...]
+    faults: tuple[FaultShape, ...]
+
+
+class ApplyParams(Shape):
+    """What `host.apply` may do. Without `allow`: what disturbs nobody."""
+
+    allow: tuple[Literal["guest", "network", "host"], ...] = Field(default=(), max_length=3)
+    prune: bool = Field(default=False, description="also remove what no file mentions any more")
+
+
+class Applied(Shape):
+    """What was done, what was left because it was not allowed, and what cannot be."""
+
+    outcomes: tuple[OutcomeShape, ...]
+    skipped: tuple[ActionShape, ...]
+    problems: tuple[ProblemShape, ...]
+    faults: tuple[FaultShape, ...]
+
+
+class Released(Shape):
+    """What `host.release` put back, and what someone else had changed since."""
+
+    restored: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+class HostFacts(RootModel[dict[str, Any]]):
+    """The host as last observed; for people and tools that look, not a stable shape."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+# -- tuning
+
+
+class TuneHost(BaseModel):
+    """The host's memory as the agent sees it; more members may come."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    available_bytes: int
+    usable_bytes: int
+
+
+class TuneGuest(Shape):
+    """One guest as the agent sees it."""
+
+    name: str
+    eligible: bool
+    reason: str | None = Field(description="why it is not eligible, or what was decided last")
+    actual_bytes: int | None
+    used_bytes: int | None
+    available_bytes: int | None
+    target_bytes: int | None
+    floor_bytes: int | None
+    pressed: bool
+
+
+class Decision(Shape):
+    """One decision with its reasons, and what came of it."""
+
+    time: float
+    action: str
+    guest: str | None
+    from_bytes: int | None
+    to_bytes: int | None
+    why: str
+    considered: tuple[str, ...]
+    limited_by: str | None
+    expected: str | None
+    seen: str | None
+    applied: bool
+
+
+class TuneStatus(Shape):
+    """The agent's present picture."""
+
+    mode: str
+    host_state: str
+    host: TuneHost
+    guests: tuple[TuneGuest, ...]
+    last: tuple[Decision, ...]
+
+
+class ExplainParams(GuestParams):
+    """Whose decisions, and how many."""
+
+    limit: int = Field(default=20, ge=1, le=1000)
+
+
+class Explained(Shape):
+    """Decisions, the newest last."""
+
+    decisions: tuple[Decision, ...]
+
+
+# -- events, the daemon, the API
+
+
+class SubscribeParams(Shape):
+    """Which events: types by name ("guest.started") or noun ("guest.*"); null means all."""
+
+    since: int | None = Field(default=None, ge=0, description="the last cursor seen; null: only what comes")
+    types: tuple[EventType, ...] | None = Field(default=None, max_length=64)
+
+
+class SubscribeResult(Shape):
+    """The subscription's name and the cursor of the newest event there is."""
+
+    subscription: str
+    cursor: int
+
+
+class NetworkShape(Shape):
+    """One network in the daemon's status."""
+
+    name: str
+    mode: str
+    bridge: str | None
+    state: str
+
+
+class DaemonStatus(Shape):
+    """How kvmd itself is."""
+
+    version: str
+    pid: int
+    since: float
+    supervisor: str
+    guests_total: int
+    guests_running: int
+    faults: tuple[FaultShape, ...]
+    networks: tuple[NetworkShape, ...]
+    drift: int = Field(description="actions a plan would have now")
+    tuning_mode: str
+
+
+class DaemonVersion(Shape):
+    """The version of the daemon that answers."""
+
+    version: str
+
+
+class Pong(Shape):
+    """It answers."""
+
+    time: float
+
+
+class OpenRpcDocument(RootModel[dict[str, Any]]):
+    """An OpenRPC document; see https://spec.open-rpc.org/."""
+
+    model_config = ConfigDict(frozen=True)
