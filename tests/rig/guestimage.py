@@ -33,11 +33,11 @@ MODULES = (
     "evdev",
     "button",
     "pvpanic-pci",
+    # The cloud kernel has no ahci: a cdrom is reached by virtio-scsi.
+    "virtio_scsi",
     "sr_mod",
     "isofs",
 )
-# A SATA cdrom needs these; the cloud kernel has no ahci, so sr_mod is reached by virtio-scsi.
-OPTIONAL_MODULES = ("virtio_scsi",)
 
 
 def cache() -> Path:
@@ -112,10 +112,10 @@ def _module_files(modules_dir: Path) -> Iterator[Path]:
     """Relative paths below modules_dir, dependencies first, each once."""
     needs: dict[str, tuple[str, list[str]]] = {}
     for line in (modules_dir / "modules.dep").read_text().splitlines():
-        path, _, dependencies = line.partition(":")
-        needs[Path(path).name.partition(".")[0]] = (path, dependencies.split())
+        path, _, listed = line.partition(":")
+        needs[Path(path).name.partition(".")[0]] = (path, listed.split())
     seen: set[str] = set()
-    for module in (*MODULES, *OPTIONAL_MODULES):
+    for module in MODULES:
         if module not in needs:
             raise LookupError(f"module {module} is not in {modules_dir}")
         path, dependencies = needs[module]

@@ -1,0 +1,125 @@
+"""A real QEMU started from a Launch: opens what it asks for, hands the fds over, speaks QMP on the `qmp` socket."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvmd.qemu.fds import FdRequest, Launch, ListenUnix, Memfd, OpenImage, OpenLog, OpenTap, OpenVhostNet
+
+EMULATOR = "/usr/bin/qemu-system-x86_64"
+ANSWER_TIMEOUT_S = 30.0
+
+
+class RealQemu:
+    """QEMU under `-S`, its QMP session open."""
+
+    def __init__(self, launch: Launch, directory: Path, taps: Mapping[str, list[int]] | None = None) -> None:
+        self.directory = directory
+        self.launch = launch
+        self._taps = taps or {}
+        opened = {request.fd: self._open(request) for request in launch.opens}
+        self.stderr = (directory / "stderr").open("w+b")
+        self.process = subprocess.Popen(
+            [EMULATOR, *launch.args],
+            stdin=subprocess.DEVNULL,
+            stdout=self.stderr,
+            stderr=self.stderr,
+            env={},
+            close_fds=False,
+            preexec_fn=lambda: _place(opened),
+        )
+        for fd in opened.values():
+            os.close(fd)
+        self._stream = self._connect()
+
+    def _open(self, request: FdRequest) -> int:
+        match request:
+            case OpenImage(path=path, writable=writable):
+                return os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            case ListenUnix(purpose=purpose):
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                listener.bind(str(self.directory / f"{purpose}.sock"))
+                listener.listen(1)
+                return listener.detach()
+            case OpenLog(purpose=purpose):
+                path = self.directory / f"{purpose}.log"
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            case Memfd(path=path, purpose=purpose):
+                fd = os.memfd_create(purpose)
+                os.write(fd, Path(path).read_bytes())
+                os.lseek(fd, 0, os.SEEK_SET)
+                return fd
+            case OpenTap(nic=nic, queue=queue):
+                return os.dup(self._taps[nic][queue])
+            case OpenVhostNet():
+                return os.open("/dev/vhost-net", os.O_RDWR)
+
+    def _connect(self) -> Any:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        peer.settimeout(ANSWER_TIMEOUT_S)
+        peer.connect(str(self.directory / "qmp.sock"))
+        stream = peer.makefile("rwb", buffering=0)
+        peer.close()
+        if not stream.readline():
+            raise AssertionError(f"QEMU ended with {self.process.wait(10)}: {self.words()}")
+        self._stream = stream
+        self.ask("qmp_capabilities")
+        return stream
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """The `return` of one command; AssertionError with QEMU's error."""
+        request = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
+        self._stream.write(json.dumps(request).encode())
+        while True:
+            line = self._stream.readline()
+            if not line:
+                raise AssertionError(f"QEMU ended with {self.process.wait(10)}: {self.words()}")
+            message = json.loads(line)
+            if "event" not in message:
+                break
+        assert "return" in message, f"{command}: {message}"
+        return message["return"]
+
+    def words(self) -> str:
+        """What QEMU wrote on stderr."""
+        self.stderr.flush()
+        return (self.directory / "stderr").read_text(errors="replace")
+
+    def end(self) -> None:
+        """Kill and reap it."""
+        with contextlib.suppress(AttributeError):
+            self._stream.close()
+        self.process.kill()
+        self.process.wait(10)
+        self.stderr.close()
+
+
+def _place(opened: Mapping[int, int]) -> None:
+    """In the child: each fd under its number, nothing else inherited (as kvmd/launch.py does)."""
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 300) for fd in opened.values()]
+    for target, fd in zip(opened, high, strict=True):
+        os.dup2(fd, target, True)
+    os.closerange(3, min(opened))
+    os.closerange(max(opened) + 1, max(high) + 1)
+
+
+@contextlib.contextmanager
+def running(launch: Launch, taps: Mapping[str, list[int]] | None = None) -> Iterator[RealQemu]:
+    """A QEMU in a directory of its own, gone at the end whatever happened."""
+    with tempfile.TemporaryDirectory(prefix="kvmd-qemu-") as directory:
+        qemu = None
+        try:
+            qemu = RealQemu(launch, Path(directory), taps)
+            yield qemu
+        finally:
+            if qemu:
+                qemu.end()
