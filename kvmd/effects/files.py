@@ -76,7 +76,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, fsync: Callable[
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temp, dir_fd=directory)
                 raise
-            _sync_directory(directory, fsync)
+            sync_directory(directory, fsync)
     except OSError as error:
         raise host_failed("write", path, error) from error
 
@@ -92,7 +92,8 @@ def _write_new(name: str, directory: int, data: bytes, mode: int, fsync: Callabl
         os.close(fd)
 
 
-def _sync_directory(directory: int, fsync: Callable[[int], None]) -> None:
+def sync_directory(directory: int, fsync: Callable[[int], None] = os.fsync) -> None:
+    """Make names in an open directory (O_PATH will do) durable. HostFailed says the content itself is in place."""
     # fsync refuses an O_PATH descriptor, so the directory is opened for reading once more.
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:

@@ -218,7 +218,7 @@ class Store:
 
     # ---- runs -------------------------------------------------------------------------------------------------
 
-    def begin_start(self, run: GuestRun) -> None:
+    def begin_start(self, run: GuestRun) -> GuestRun:
         """Record the intent to start, before its first effect. Conflict when a run of the guest has not ended."""
         with self._write(f"the start of guest {run.name}") as db:
             if db.execute("SELECT 1 FROM run WHERE guest = ?", (run.name,)).fetchone():
@@ -229,6 +229,7 @@ class Store:
                    VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
                 (run.name, run.uuid, run.uid, run.boot_id, run.nonce, run.begun_at, *texts),
             )
+        return run
 
     def record_process(self, name: str, pid: int, start_time: int) -> GuestRun:
         """The run's QEMU was born: `start_time` in clock ticks since boot. Conflict without a begun start."""
