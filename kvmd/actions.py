@@ -52,6 +52,7 @@ class SetHugepages(Action):
     page_bytes: int
     old: int
     new: int
+    compact: bool = True  # memory may be compacted once when the first write falls short
 
     def line(self) -> str:
         size = f"{self.page_bytes >> 20}MiB" if self.page_bytes < 1 << 30 else f"{self.page_bytes >> 30}GiB"

@@ -122,6 +122,7 @@ class RunningGuest:
     page_bytes: int | None = None  # hugepage size of its memory, None if not hugepage backed
     vcpu_threads: tuple[int, ...] = ()  # host thread ids, in vCPU order
     affinity: tuple[str, ...] = ()  # CPU list each vCPU thread may run on now, in vCPU order
+    emulator: str = ""  # CPU list of QEMU's main thread, "" when not looked at
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,6 @@ is read back. All of this can take seconds to minutes: callers in the event loop
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed, NotSupported
 from kvmd.facts import HugepagePool
@@ -47,12 +45,12 @@ def observe_pools(tree: Tree) -> tuple[HugepagePool, ...]:
     return tuple(pools)
 
 
-def set_pool(tree: Tree, write: Callable[[str, str], None], node: int, page_bytes: int, count: int) -> int:
+def set_pool(tree: Tree, node: int, page_bytes: int, count: int, *, compact: bool = True) -> int:
     """Make the pool hold `count` pages that stay, and return what it then holds.
 
-    Never asks for fewer than are in use (the rest would only turn into surplus). Too few: memory is compacted once,
-    asked again, else the old number is restored. Raises HostFailed with both numbers, NotSupported for a size or
-    node that is not there.
+    Never asks for fewer than are in use (the rest would only turn into surplus). Too few: memory is compacted
+    once (where wanted), asked again, else the old number is restored. Raises HostFailed with both numbers,
+    NotSupported for a size or node that is not there.
     """
     page_kib = page_bytes >> 10
     directory = _directory(tree, node, page_kib)
@@ -64,15 +62,15 @@ def set_pool(tree: Tree, write: Callable[[str, str], None], node: int, page_byte
     wanted = max(count, used)
     if old == wanted:
         return old
-    _ask(write, knob, wanted, page_bytes)
+    _ask(tree, knob, wanted, page_bytes)
     got = _persistent(tree, directory) or 0
-    if got < wanted:
-        _compact(tree, write, node)
-        _ask(write, knob, wanted, page_bytes)
+    if got < wanted and compact:
+        _compact(tree, node)
+        _ask(tree, knob, wanted, page_bytes)
         got = _persistent(tree, directory) or 0
     if got >= wanted:
         return got
-    restored = _roll_back(tree, write, directory, old)
+    restored = _roll_back(tree, directory, old)
     raise HostFailed(
         f"asked {wanted} pages of {Size(page_bytes)} on node {node}, the host gave {got}; back to {restored}",
         hint=_hint(page_bytes, wanted),
@@ -84,27 +82,27 @@ def set_pool(tree: Tree, write: Callable[[str, str], None], node: int, page_byte
     )
 
 
-def _ask(write: Callable[[str, str], None], knob: str, count: int, page_bytes: int) -> None:
+def _ask(tree: Tree, knob: str, count: int, page_bytes: int) -> None:
     try:
-        write(knob, str(count))
+        tree.write(knob, str(count))
     except HostFailed as error:
         if error.hint is None:
             error.hint = _hint(page_bytes, count)
         raise
 
 
-def _roll_back(tree: Tree, write: Callable[[str, str], None], directory: str, old: int) -> int:
+def _roll_back(tree: Tree, directory: str, old: int) -> int:
     used = _count(tree, f"{directory}/nr_hugepages") - _count(tree, f"{directory}/free_hugepages")
-    write(f"{directory}/nr_hugepages", str(max(old, used)))
+    tree.write(f"{directory}/nr_hugepages", str(max(old, used)))
     return _persistent(tree, directory) or 0
 
 
-def _compact(tree: Tree, write: Callable[[str, str], None], node: int) -> None:
+def _compact(tree: Tree, node: int) -> None:
     """Any write compacts (Documentation/admin-guide/sysctl/vm.rst); a kernel that cannot only spoils the retry."""
     for knob in (f"{NODE}/node{node}/compact", "/proc/sys/vm/compact_memory"):
         if tree.exists(knob):
             try:
-                write(knob, "1")
+                tree.write(knob, "1")
             except HostFailed:
                 continue
             return

@@ -66,9 +66,9 @@ class HostTree(Tree):
                 value=value,
             )
 
-    def set_hugepages(self, node: int, page_bytes: int, count: int) -> int:
+    def set_hugepages(self, node: int, page_bytes: int, count: int, *, compact: bool = True) -> int:
         """See `effects.hugepages.set_pool`: read back, compacted once, rolled back with HostFailed when short."""
-        return hugepages.set_pool(self, self.write, node, page_bytes, count)
+        return hugepages.set_pool(self, node, page_bytes, count, compact=compact)
 
     def boot_id(self) -> str:
         """Random id of this boot, "" when the kernel does not say."""
