@@ -35,7 +35,7 @@ class RealQemu:
             stderr=self.stderr,
             env={},
             close_fds=False,
-            preexec_fn=lambda: _place(opened),
+            preexec_fn=lambda: _place(opened),  # noqa: PLW1509 - dup2 and close only
         )
         for fd in opened.values():
             os.close(fd)

@@ -1,0 +1,74 @@
+"""argv of a guest's memory: one memory object, and the board that is told to use it.
+
+Merging and dumping are off on the board *and* on the object: QEMU's default for both is on, which would let a host's
+KSM mix guests' pages and a core file hold a guest's secrets.
+"""
+
+from __future__ import annotations
+
+from kvmd.config.guest import Guest
+from kvmd.errors import NotSupported, Refused
+from kvmd.qemu.caps import Capabilities
+from kvmd.qemu.text import to_json
+from kvmd.units import Size
+
+BACKEND = "ram0"  # id of the memory object: /objects/ram0
+MOST_PREALLOC_THREADS = 16  # beyond this the kernel's page clearing is bound by memory, not by threads
+_GRAIN = 1 << 20
+
+
+def memory(
+    name: str, guest: Guest, caps: Capabilities, *, hugepages: bool, nodes: tuple[int, ...], threads: int
+) -> tuple[list[str], list[str]]:
+    """Arguments, and warnings. `hugepages` False: the pool is short, fall back where the file allows it.
+
+    `nodes` are the host's NUMA nodes the memory is bound to (all when empty), `threads` how many preallocate.
+    Raises Refused (sizes, no fallback) and NotSupported (what this QEMU lacks).
+    """
+    size, page = guest.memory.size, guest.memory.hugepage_size
+    warnings: list[str] = []
+    if page and not hugepages:
+        if guest.memory.fallback != "thp":
+            raise Refused(
+                f"guest {name}: {size} of {page} hugepages are wanted and not to be had",
+                hint='reserve more in host.toml ([hugepages]), or set memory.fallback = "thp"',
+            )
+        warnings.append(f"runs on transparent hugepages: {size} of {page} pages were not to be had")
+        page = None
+    if size % (page or _GRAIN):
+        raise Refused(f"guest {name}: memory.size = {size} is not a multiple of {page or Size(_GRAIN)}")
+    if guest.memory.hugepage_size and guest.memory.balloon.enabled:
+        raise Refused(
+            f"guest {name}: memory.balloon.enabled with hugepages: the balloon would take from the guest and give "
+            "the host nothing",
+            hint="take memory.balloon.enabled out",
+        )
+    backend = _backend(guest, page, nodes, threads)
+    if backend["qom-type"] not in caps.object_types:
+        raise NotSupported(f"guest {name}: this QEMU {caps.version_text} has no {backend['qom-type']}")
+    return ["-m", f"size={size // 1024}k", "-object", to_json(backend)], warnings
+
+
+def _backend(guest: Guest, page: Size | None, nodes: tuple[int, ...], threads: int) -> dict[str, object]:
+    anonymous = page is None and guest.memory.backing != "memfd"
+    found: dict[str, object] = {
+        "qom-type": "memory-backend-ram" if anonymous else "memory-backend-memfd",
+        "id": BACKEND,
+        "size": int(guest.memory.size),
+        "share": guest.memory.share,
+        "merge": guest.memory.ksm_group is not None,
+        "dump": False,
+    }
+    if page:
+        found |= {"hugetlb": True, "hugetlbsize": int(page)}
+    if guest.memory.preallocated:
+        found |= {"prealloc": True, "prealloc-threads": max(1, min(threads, MOST_PREALLOC_THREADS))}
+    if nodes:
+        found |= {"host-nodes": sorted(nodes), "policy": "bind"}
+    return found
+
+
+def machine_options(guest: Guest) -> str:
+    """The part of -machine that is about memory."""
+    merge = "on" if guest.memory.ksm_group is not None else "off"
+    return f"memory-backend={BACKEND},mem-merge={merge},dump-guest-core=off"
