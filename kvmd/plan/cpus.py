@@ -9,12 +9,14 @@ The search for a set of CPUs is in `cores`; this module decides who may have whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvmd.actions import Action, PinGuest, Problem
+from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
-from kvmd.config.host import HostCpu
+from kvmd.config.host import Host, HostCpu
+from kvmd.errors import Refused
 from kvmd.facts import EMPTY, CpuTopology, Facts
 from kvmd.plan.cores import Smt, best_set
 from kvmd.units import CpuSet
@@ -119,8 +121,34 @@ def taken_by(facts: Facts) -> Mapping[str, tuple[CpuSet, ...]]:
     }
 
 
-def plan_pins(placements: Placements, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
-    """Pins for the running guests whose threads may run elsewhere than placed."""
+def place_guest(
+    name: str,
+    desired: Desired,
+    topology: CpuTopology,
+    alive: Collection[str],
+    *,
+    taken: Mapping[str, tuple[CpuSet, ...]] = EMPTY,
+) -> Placement | None:
+    """Where guest `name` goes beside those that are alive; None when it has no file. Raises Refused with the sum."""
+    if name not in desired.guests:
+        return None
+    names = {other for other in alive if other in desired.guests} | {name}
+    wishes = {other: CpuWish.of(desired.guests[other]) for other in names}
+    found = place(name, wishes, topology, desired.host.cpu, taken=taken)
+    if isinstance(found, Problem):
+        raise Refused(found.message, hint=found.hint)
+    return found
+
+
+def plan_pins(guests: Mapping[str, Guest], host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
+    """Pins for the running guests whose threads may run elsewhere than placed.
+
+    Guests that are wanted and not up yet are placed with them, so that a plan tells beforehand who would be refused.
+    """
+    shall_run = {guest.name for guest in facts.guests}
+    shall_run |= {life.name for life in facts.lives if life.wanted and not life.alive and not life.held}
+    wishes = {name: CpuWish.of(guests[name]) for name in shall_run if name in guests}
+    placements = place_all(wishes, facts.cpus, host.cpu, taken=taken_by(facts))
     actions = []
     for guest in sorted(facts.guests, key=lambda guest: guest.name):
         placement = placements.of.get(guest.name)

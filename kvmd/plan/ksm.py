@@ -17,7 +17,7 @@ KSM = "/sys/kernel/mm/ksm"
 THP = "/sys/kernel/mm/transparent_hugepage"
 SWAPPINESS = "/proc/sys/vm/swappiness"
 
-# everything plan_knobs looks at: what `observe_knobs` must be asked for
+# everything plan_ksm looks at: what `observe_knobs` must be asked for
 KNOBS = (
     *(
         f"{KSM}/{name}"
@@ -43,10 +43,10 @@ PAGES_PER_PERCENT = 100
 MIN_PAGES, MAX_PAGES = 64, 1250  # the span in which ksmtuned moves
 
 
-def plan_knobs(host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
-    """All knobs of host.toml's [ksm], [thp] and [swap]: what differs, in the order it must be written."""
+def plan_ksm(host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
+    """What differs from host.toml's [ksm], [thp] and [swap] (swappiness), in the order it must be written."""
     plan = _Plan(facts)
-    _plan_ksm(host.ksm, plan)
+    _plan_merging(host.ksm, plan)
     if host.thp.enabled != "keep":
         plan.set(f"{THP}/enabled", host.thp.enabled, f"thp.enabled is {host.thp.enabled}")
     if host.thp.defrag != "keep":
@@ -85,7 +85,7 @@ class _Plan:
             self.actions.append(WriteKnob(path=path, old=self.value(path), new=new, why=why, requirement=False))
 
 
-def _plan_ksm(ksm: Ksm, plan: _Plan) -> None:
+def _plan_merging(ksm: Ksm, plan: _Plan) -> None:
     if ksm.mode == "keep":
         return
     why = f"ksm.mode is {ksm.mode}"
