@@ -90,7 +90,7 @@ class Disk(Table):
         "stop_enospc", "What an I/O error does.", mark="!", classic="werror= rerror="
     )
     backing: None = later("absolute path", "Backing image.", mark="!")
-    shared: None = later("yes/no", "Several guests use it.", mark="!", classic="share-rw=")
+    shared: None = later("boolean", "Several guests use it.", mark="!", classic="share-rw=")
     encryption: DiskEncryption | None = key(None, "Encrypted image.", mark="!")
 
     @property
@@ -135,10 +135,10 @@ class Nic(Table):
     native_vlan: None = later("number", "Untagged VLAN of a trunk.", mark="~")
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
     ipv6: None = later("IPv6 address", "As ipv4.")
-    link: None = later("yes/no", "Cable plugged in.", mark="~")
+    link: None = later("boolean", "Cable plugged in.", mark="~")
     rate_in: None = later("bandwidth", "Towards the guest.", mark="~")
     rate_out: None = later("bandwidth", "From the guest.", mark="~")
-    guard: None = later("yes/no", "No foreign MAC or address leaves this port.", mark="~")
+    guard: None = later("boolean", "No foreign MAC or address leaves this port.", mark="~")
     boot_index: None = later("number", "Use boot.order.", classic="bootindex=")
     net: Ipv4Network | None = key(
         None, 'type = "user": the subnet.', mark="!", classic="-net user,net=", default_text="10.0.2.0/24"
@@ -159,10 +159,10 @@ class Nic(Table):
     downscript: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,downscript=")
     helper: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,helper=")
     sndbuf: None = later("size", 'type = "tap".', mark="!", classic="-net tap,sndbuf=")
-    vnet_hdr: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vnet_hdr=")
-    vhost: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vhost=")
+    vnet_hdr: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vnet_hdr=")
+    vhost: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vhost=")
     vhostfd: None = later("number", 'type = "tap".', mark="!", classic="-net tap,vhostfd=")
-    vhostforce: None = later("yes/no", 'type = "tap".', mark="!", classic="-net tap,vhostforce=")
+    vhostforce: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vhostforce=")
     interface: None = later("interface name", 'type = "macvtap": the NIC below.', mark="!")
     macvtap_mode: None = later("text", 'type = "macvtap".', mark="!")
     pool: None = later("interface name", 'type = "vf": the physical NIC.', mark="!")
@@ -228,7 +228,7 @@ class Console(Table):
     """[console.NAME]"""
 
     type: None = later("text", "A virtio console port.", mark="!", classic="-device virtconsole")
-    log: None = later("yes/no", "Keep what the guest writes.")
+    log: None = later("boolean", "Keep what the guest writes.")
 
 
 class Agent(Table):
@@ -291,7 +291,7 @@ class Pvpanic(Table):
 class Hyperv(Table):
     """[hyperv]"""
 
-    enabled: None = later("yes/no", "Enlightenments for Windows.", mark="!", classic="-cpu hv_*")
+    enabled: None = later("boolean", "Enlightenments for Windows.", mark="!", classic="-cpu hv_*")
 
 
 class Share(Table):
@@ -299,7 +299,7 @@ class Share(Table):
 
     source: None = later("absolute path", "Directory of the host.", mark="!", classic="-virtfs")
     tag: None = later("text", "What the guest mounts.", mark="!")
-    readonly: None = later("yes/no", "The guest cannot write.", mark="!")
+    readonly: None = later("boolean", "The guest cannot write.", mark="!")
 
 
 class CloudInit(Table):

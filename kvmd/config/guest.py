@@ -7,7 +7,7 @@ for each other in `cross.py`. Attribute path = key path: `guest.disk["root"].fil
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -146,6 +146,15 @@ class Restart(Table):
     backoff: DurationT = key(Duration(1), "Wait before the first restart; doubles each time.", example='"2s"')
 
 
+class Topology(NamedTuple):
+    """Counts of -smp; their product is the number of vCPUs (`rules.py` refuses anything else)."""
+
+    sockets: int
+    dies: int
+    cores: int
+    threads: int
+
+
 class Cpu(Table):
     """[cpu]"""
 
@@ -210,6 +219,13 @@ class Cpu(Table):
     allow_overcommit: bool = key(False, "More vCPUs than the host has CPUs: a warning instead of a refusal.")
     weight: None = later("number", "Use limits.cpu_weight.", mark="~")
     quota: None = later("percentage", "Upper bound of CPU time.", mark="~")
+
+    @property
+    def topology(self) -> Topology:
+        """What -smp gets. Left out: 1 socket, 1 die, 1 thread, as many cores as remain (at least 1)."""
+        sockets, dies, threads = self.sockets or 1, self.dies or 1, self.threads or 1
+        cores = self.cores or max(1, self.vcpus // (sockets * dies * threads))
+        return Topology(sockets, dies, cores, threads)
 
 
 class Balloon(Table):

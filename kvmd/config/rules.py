@@ -1,0 +1,286 @@
+"""What the keys of one file mean for each other: the rules a type cannot say.
+
+Pure: a validated model in, complaints out, all of them. Each message shows the arithmetic or both keys.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from ipaddress import IPv4Address
+
+from kvmd.config.daemon import Daemon
+from kvmd.config.devices import Disk, Nic
+from kvmd.config.faults import Complaint
+from kvmd.config.guest import Guest
+from kvmd.config.host import PAGE_SIZES, Host
+from kvmd.config.network import Dhcp, Network, bridge_name
+from kvmd.units import MAX_CPU, Duration, Size
+
+_MIB = 1 << 20
+_IFNAME_MAX = 15  # IFNAMSIZ without the NUL
+_SHORTEST_LEASE = Duration(120)  # dnsmasq(8), --dhcp-range: the minimum lease time is two minutes
+# What QEMU needs beside the guest's memory, as admission counts it: 256 MiB + 1/256.
+_OVERHEAD = 256 * _MIB
+
+
+def guest_rules(guest: Guest) -> Iterator[Complaint]:
+    """All that is wrong in one guest's file."""
+    yield from _cpu(guest)
+    yield from _memory(guest)
+    yield from _hugepages(guest)
+    yield from _boot(guest)
+    yield from _start(guest)
+    for name, disk in guest.disk.items():
+        yield from _disk(("disk", name), disk)
+    yield from _disks_together(guest)
+    for name, nic in guest.nic.items():
+        yield from _nic(("nic", name), nic, guest.cpu.vcpus)
+    yield from _nics_together(guest)
+
+
+def _cpu(guest: Guest) -> Iterator[Complaint]:
+    cpu, shape = guest.cpu, guest.cpu.topology
+    product = shape.sockets * shape.dies * shape.cores * shape.threads
+    counted = f"{shape.sockets} sockets x {shape.dies} dies x {shape.cores} cores x {shape.threads} threads = {product}"
+    if cpu.cores is None and cpu.vcpus % (shape.sockets * shape.dies * shape.threads):
+        rest = f"{shape.sockets} sockets x {shape.dies} dies x {shape.threads} threads"
+        yield Complaint(("cpu", "vcpus"), f"{cpu.vcpus} vCPUs cannot be divided into {rest}")
+    elif product != cpu.vcpus:
+        yield Complaint(("cpu", "vcpus"), f"{counted}, but cpu.vcpus = {cpu.vcpus}")
+    if cpu.placement == "manual" and cpu.pin is None:
+        yield Complaint(
+            ("cpu", "placement"), '"manual" needs cpu.pin', "one host CPU per vCPU, for example pin = [4, 5]"
+        )
+    if cpu.pin is not None:
+        yield from _pin(cpu.pin, guest)
+    if cpu.isolated == "require" and cpu.placement != "dedicated":
+        yield Complaint(
+            ("cpu", "isolated"),
+            f'has no effect with placement = "{cpu.placement}"',
+            'use placement = "dedicated"',
+            severity="warning",
+        )
+    if cpu.model == "host" and guest.machine.accel == "tcg":
+        yield Complaint(("cpu", "model"), '"host" needs KVM, but machine.accel = "tcg"', 'use "max"')
+
+
+def _pin(pin: tuple[int, ...], guest: Guest) -> Iterator[Complaint]:
+    path = ("cpu", "pin")
+    if guest.cpu.placement != "manual":
+        yield Complaint(path, f'only with placement = "manual"; it is "{guest.cpu.placement}"')
+    if len(pin) != guest.cpu.vcpus:
+        yield Complaint(path, f"names {len(pin)} host CPUs, but cpu.vcpus = {guest.cpu.vcpus}")
+    if wrong := [cpu for cpu in pin if not 0 <= cpu <= MAX_CPU]:
+        yield Complaint(path, f"{wrong[0]} is not a CPU between 0 and {MAX_CPU}")
+    if len(set(pin)) != len(pin) and not guest.cpu.allow_overcommit:
+        yield Complaint(path, "names a host CPU twice", "cpu.allow_overcommit = true if that is meant")
+
+
+def _memory(guest: Guest) -> Iterator[Complaint]:
+    memory = guest.memory
+    if memory.size % _MIB:
+        yield Complaint(("memory", "size"), f'"{memory.size}" is not a whole number of MiB')
+    if memory.guaranteed is not None and memory.guaranteed > memory.size:
+        yield Complaint(("memory", "guaranteed"), f'"{memory.guaranteed}" is more than memory.size = "{memory.size}"')
+    limit = guest.limits.memory_max
+    needed = Size(memory.size + _OVERHEAD + memory.size // 256)
+    if limit is not None and limit < memory.size:
+        yield Complaint(
+            ("limits", "memory_max"), f'"{limit}" is less than memory.size = "{memory.size}": the kernel would kill it'
+        )
+    elif limit is not None and limit < needed:
+        text = f'"{limit}" leaves little beside memory.size = "{memory.size}"; QEMU may need {needed.human()} in all'
+        yield Complaint(("limits", "memory_max"), text, severity="warning")
+
+
+def _hugepages(guest: Guest) -> Iterator[Complaint]:
+    memory, page = guest.memory, guest.memory.hugepage_size
+    if page is None:
+        for key, given in (("page_size", memory.page_size is not None), ("fallback", memory.fallback == "thp")):
+            if given:
+                yield Complaint(("memory", key), f'only with backing = "hugepages"; it is "{memory.backing}"')
+        return
+    if page not in PAGE_SIZES.values():
+        yield Complaint(("memory", "page_size"), f'"{page}" is no size of page any host has', '"2MiB" or "1GiB"')
+    elif memory.size % page:
+        text = f'"{memory.size}" is {memory.size / page:.2f} pages of {page}; a whole number is needed'
+        yield Complaint(("memory", "size"), text, f'for example "{Size(-(-memory.size // page) * page)}"')
+    if memory.balloon.enabled:
+        text = "a hugepage guest cannot be ballooned: it would lose the memory and the host gain none"
+        yield Complaint(("memory", "balloon", "enabled"), text, "leave the key out, or use another backing")
+    for key, given in (("guaranteed", memory.guaranteed is not None), ("ksm_group", memory.ksm_group is not None)):
+        if given:
+            yield Complaint(("memory", key), "hugepages are neither ballooned nor merged", "leave the key out")
+
+
+def _boot(guest: Guest) -> Iterator[Complaint]:
+    boot = guest.boot
+    if boot.kernel is None:
+        for key, given in (("initrd", boot.initrd), ("cmdline", boot.cmdline)):
+            if given is not None:
+                yield Complaint(("boot", key), "only with boot.kernel")
+    if not isinstance(boot.order, tuple):
+        return
+    known = [f"disk.{name}" for name in guest.disk] + [f"nic.{name}" for name in guest.nic]
+    for device in boot.order:
+        if device not in known:
+            listed = ", ".join(known) or "none"
+            yield Complaint(("boot", "order"), f'this guest has no "{device}"', f"there is: {listed}")
+
+
+def _start(guest: Guest) -> Iterator[Complaint]:
+    if guest.start.auto and guest.guest.cluster:
+        yield Complaint(("start", "auto"), "refused with guest.cluster = true: the cluster manager starts this guest")
+    if not guest.nic and guest.machine.default_nic:
+        text = "no [nic.NAME]: the guest gets one user-mode NIC, as QEMU does"
+        yield Complaint(("nic",), text, "machine.default_nic = false for none", severity="warning", given=False)
+
+
+def _disk(path: tuple[str, ...], disk: Disk) -> Iterator[Complaint]:
+    if disk.aio == "native" and disk.cache not in (None, "none", "directsync"):
+        text = f'"native" needs direct I/O, but cache = "{disk.cache}"'
+        yield Complaint((*path, "aio"), text, 'cache = "none" or "directsync", or aio = "threads"')
+    if disk.media == "cdrom" and "readonly" in disk.model_fields_set and not disk.readonly:
+        yield Complaint((*path, "readonly"), "a CD is always read-only", "leave the key out")
+    if disk.detect_zeroes == "unmap" and disk.discard != "unmap":
+        yield Complaint((*path, "detect_zeroes"), '"unmap" needs discard = "unmap"')
+
+
+def _twice(items: Iterable[tuple[str, Hashable]]) -> Iterator[tuple[str, str, Hashable]]:
+    """(later name, earlier name, value) of each value that several have; None does not count."""
+    names: dict[Hashable, list[str]] = defaultdict(list)
+    for name, value in items:
+        if value is not None:
+            names[value].append(name)
+    for value, having in names.items():
+        for name in having[1:]:
+            yield name, having[0], value
+
+
+def _disks_together(guest: Guest) -> Iterator[Complaint]:
+    disks = guest.disk.items()
+    for name, other, file in _twice((name, disk.file) for name, disk in disks):
+        if guest.disk[name].writable or guest.disk[other].writable:
+            yield Complaint(("disk", name, "file"), f'"{file}" is the file of disk.{other} too')
+    for name, other, slot in _twice((name, disk.pci_address) for name, disk in disks):
+        yield Complaint(("disk", name, "pci_address"), f'"{slot}" is the slot of disk.{other} too')
+
+
+def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
+    if nic.network is None and nic.type is None:
+        yield Complaint(path, "needs network", 'network = "NAME", or type = "user"')
+    if nic.network is not None and nic.type is not None:
+        yield Complaint((*path, "type"), '"user" has no network', "leave out network or type")
+    if nic.network is not None:
+        user_only = {"net": nic.net, "dns": nic.dns, "hostfwd": nic.hostfwd, "restrict": nic.restrict}
+        for key, value in user_only.items():
+            if value:
+                yield Complaint((*path, key), 'only with type = "user"')
+    elif nic.ipv4 is not None:
+        yield Complaint((*path, "ipv4"), "only with network")
+    if nic.net is not None and nic.dns is not None and nic.dns not in nic.net:
+        yield Complaint((*path, "dns"), f"{nic.dns} is outside net = {nic.net}")
+    for key, given in (("mtu", nic.mtu is not None), ("queues", nic.queues > 1)):
+        if given and not nic.model.startswith("virtio"):
+            yield Complaint((*path, key), f'only with model = "virtio"; it is "{nic.model}"')
+    if nic.queues > 1 and nic.network is None:
+        yield Complaint((*path, "queues"), "only with network")
+    elif nic.queues > vcpus:
+        yield Complaint((*path, "queues"), f"{nic.queues} queue pairs, but cpu.vcpus = {vcpus}")
+
+
+def _nics_together(guest: Guest) -> Iterator[Complaint]:
+    nics = guest.nic.items()
+    for name, other, mac in _twice((name, nic.mac) for name, nic in nics):
+        yield Complaint(("nic", name, "mac"), f'"{mac}" is the address of nic.{other} too')
+    for name, other, _ in _twice((name, (nic.network, nic.ipv4) if nic.ipv4 else None) for name, nic in nics):
+        yield Complaint(("nic", name, "ipv4"), f"{guest.nic[name].ipv4} is the address of nic.{other} too")
+
+
+def network_rules(name: str, network: Network) -> Iterator[Complaint]:
+    """All that is wrong in one network's file."""
+    mode, about = network.network.mode, network.network
+    if mode == "bridge":
+        yield from _joined_bridge(network)
+    elif len(bridge_name(name, network)) > _IFNAME_MAX:
+        text = f'"{bridge_name(name, network)}" is longer than the {_IFNAME_MAX} characters of an interface name'
+        yield Complaint(("network", "bridge"), text, 'give a shorter one, for example bridge = "kv0"', given=False)
+    if mode == "nat" and network.ipv4 is None:
+        yield Complaint(("ipv4",), 'mode = "nat" needs [ipv4]', 'for example address = "192.168.50.1/24"', given=False)
+    if mode == "isolated" and network.nat.uplink != "auto":
+        yield Complaint(("nat", "uplink"), f'only with mode = "nat"; it is "{about.mode}"')
+    if network.ipv4 is not None:
+        host = network.ipv4.address
+        if network.ipv4.dhcp is not None:
+            yield from _dhcp(network.ipv4.dhcp, host.ip, host.network.network_address, host.network.broadcast_address)
+    yield from _reservations(network)
+
+
+def _joined_bridge(network: Network) -> Iterator[Complaint]:
+    reason = 'only where kvmd makes the bridge; with mode = "bridge" it only adds ports'
+    if network.network.bridge is None:
+        yield Complaint(("network", "bridge"), 'mode = "bridge" needs the name of an existing bridge', given=False)
+    if network.network.stp:
+        yield Complaint(("network", "stp"), reason)
+    if network.ipv4 is not None:
+        yield Complaint(("ipv4",), reason)
+    if network.nat.uplink != "auto":
+        yield Complaint(("nat", "uplink"), reason)
+
+
+def _dhcp(dhcp: Dhcp, host: IPv4Address, low: IPv4Address, high: IPv4Address) -> Iterator[Complaint]:
+    first, last = dhcp.range
+    path = ("ipv4", "dhcp", "range")
+    outside = [address for address in dhcp.range if not low < address < high]
+    if outside:
+        yield Complaint(path, f"{outside[0]} is outside the network's addresses {low + 1} to {high - 1}")
+    elif first > last:
+        yield Complaint(path, f"{first} is above {last}; write the lower one first")
+    elif first <= host <= last:
+        yield Complaint(path, f"{first} to {last} contains the host's own address {host}")
+    if dhcp.lease < _SHORTEST_LEASE:
+        yield Complaint(("ipv4", "dhcp", "lease"), f'"{dhcp.lease}" is too short: at least "{_SHORTEST_LEASE}"')
+
+
+def _reservations(network: Network) -> Iterator[Complaint]:
+    items = network.reservation.items()
+    for name, other, mac in _twice((name, entry.mac) for name, entry in items):
+        yield Complaint(("reservation", name, "mac"), f'"{mac}" is the address of reservation.{other} too')
+    for name, other, address in _twice((name, entry.ipv4) for name, entry in items):
+        yield Complaint(("reservation", name, "ipv4"), f"{address} is the address of reservation.{other} too")
+    for name, entry in items:
+        path = ("reservation", name, "ipv4")
+        if network.ipv4 is None or network.ipv4.dhcp is None:
+            yield Complaint(path, "needs [ipv4.dhcp]: nobody hands the address out")
+        elif (text := address_fault(network, entry.ipv4)) is not None:
+            yield Complaint(path, text)
+
+
+def address_fault(network: Network, address: IPv4Address) -> str | None:
+    """Why a machine on this network cannot have the address; None if it can, or if the network has no subnet."""
+    if network.ipv4 is None:
+        return None
+    host, subnet = network.ipv4.address.ip, network.ipv4.address.network
+    if not subnet.network_address < address < subnet.broadcast_address:
+        return f"{address} is outside the network's addresses {subnet[1]} to {subnet[-2]}"
+    return f"{address} is the host's own address" if address == host else None
+
+
+def host_rules(host: Host) -> Iterator[Complaint]:
+    """All that is wrong in host.toml."""
+    for size, pool in host.hugepages.items():
+        if pool.spare and pool.pages != "auto":
+            text = 'has an effect only with pages = "auto"'
+            yield Complaint(("hugepages", size, "spare"), text, severity="warning")
+        if pool.spare % PAGE_SIZES[size]:
+            yield Complaint(("hugepages", size, "spare"), f'"{pool.spare}" is not a whole number of {size} pages')
+
+
+def daemon_rules(daemon: Daemon) -> Iterator[Complaint]:
+    """All that is wrong in kvmd.toml."""
+    for root in daemon.storage.roots:
+        if not root.strip("/"):
+            yield Complaint(("storage", "roots"), '"/" would let every file of the host be an image')
+    if not daemon.access.admins:
+        yield Complaint(("access", "admins"), "nobody could administer kvmd", 'for example admins = ["root"]')
