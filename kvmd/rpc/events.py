@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from kvmd.errors import Conflict, KvmdError
 from kvmd.rpc.protocol import encode_notification
@@ -21,16 +20,25 @@ QUEUE_EVENTS = 1024  # waiting for one subscriber
 PAGE_EVENTS = 256  # read from history, or written, before others get a turn
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened. `cursor` grows by at least one with each event; the store hands it out."""
+class Event(Protocol):
+    """Something that happened, as the store keeps it (effects.records.Event is one).
 
-    cursor: int
-    time: float  # seconds since the epoch
-    type: str  # "guest.started"
-    guest: str | None
-    actor: str | None  # who asked for it; None: nobody did
-    data: Mapping[str, Any]
+    `cursor` grows by at least one with each event; `time` is in seconds since the epoch; `type` is "guest.started";
+    `actor` is who asked for it, None when nobody did; `data` is the text of a JSON object.
+    """
+
+    @property
+    def cursor(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def guest(self) -> str | None: ...
+    @property
+    def actor(self) -> str | None: ...
+    @property
+    def data(self) -> str: ...
 
 
 # Up to `limit` events with a cursor above the given one, ascending. Must include every event published before the call.
@@ -45,9 +53,9 @@ def _encode(event: Event) -> bytes:
         "type": event.type,
         "guest": event.guest,
         "actor": event.actor,
-        "data": dict(event.data),
     }
-    return json.dumps(members, default=str, separators=(",", ":"))[1:-1].encode()
+    data = event.data.replace("\n", " ")  # in JSON only ever between tokens; here it would end the line
+    return f'{json.dumps(members, separators=(",", ":"))[1:-1]},"data":{data}'.encode()
 
 
 class Subscription:
