@@ -72,12 +72,13 @@ def open_database(
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: str, *, check: bool) -> None:
+    if path.stat().st_size == 0:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # must come before anything else, a read included
     found = _version(connection)
     if found > schema.version:
         raise NewerSchema(found, schema.version)
     if found == 0 and _tables(connection):
         raise Corrupt("it has tables but no schema version")
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect in a new file only
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")

@@ -155,8 +155,8 @@ class History:
                     self._db.execute(f"DELETE FROM {table} WHERE time < ?", (now - max_age_s,))
             while self._used_bytes() > max_bytes and self._drop_oldest():
                 pass
-            # fetchall: the pragma frees one page per step
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            # This pragma frees one page per row it returns, and execute() stops at the first row without columns.
+            self._db.executescript("PRAGMA incremental_vacuum")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.Error as error:
             self._fail(error)
