@@ -55,7 +55,8 @@ def _backend(guest: Guest, page: Size | None, nodes: tuple[int, ...], threads: i
         "qom-type": "memory-backend-ram" if anonymous else "memory-backend-memfd",
         "id": BACKEND,
         "size": int(guest.memory.size),
-        "share": guest.memory.share,
+        # A private mapping of a memfd would hold pages twice, in the file and copied (QEMU's own default is shared).
+        "share": guest.memory.share or not anonymous,
         "merge": guest.memory.ksm_group is not None,
         "dump": False,
     }

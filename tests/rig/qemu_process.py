@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kvmd.qemu.fds import FdRequest, Launch, ListenUnix, Memfd, OpenImage, OpenLog, OpenTap, OpenVhostNet
 
@@ -20,9 +20,11 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class RealQemu:
-    """QEMU under `-S`, its QMP session open."""
+    """QEMU under `-S`."""
 
-    def __init__(self, launch: Launch, directory: Path, taps: Mapping[str, list[int]] | None = None) -> None:
+    def __init__(
+        self, launch: Launch, directory: Path, taps: Mapping[str, list[int]] | None = None, uid: int | None = None
+    ) -> None:
         self.directory = directory
         self.launch = launch
         self._taps = taps or {}
@@ -35,11 +37,12 @@ class RealQemu:
             stderr=self.stderr,
             env={},
             close_fds=False,
-            preexec_fn=lambda: _place(opened),  # noqa: PLW1509 - dup2 and close only
+            preexec_fn=lambda: _place(opened, uid),  # noqa: PLW1509 - dup2 and close only
         )
         for fd in opened.values():
             os.close(fd)
-        self._stream = self._connect()
+        self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._buffer = b""
 
     def _open(self, request: FdRequest) -> int:
         match request:
@@ -63,29 +66,38 @@ class RealQemu:
             case OpenVhostNet():
                 return os.open("/dev/vhost-net", os.O_RDWR)
 
-    def _connect(self) -> Any:
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        peer.settimeout(ANSWER_TIMEOUT_S)
-        peer.connect(str(self.directory / "qmp.sock"))
-        stream = peer.makefile("rwb", buffering=0)
-        peer.close()
-        if not stream.readline():
-            raise AssertionError(f"QEMU ended with {self.process.wait(10)}: {self.words()}")
-        self._stream = stream
+    def connect(self) -> None:
+        """Open the QMP session. AssertionError with QEMU's last words when it did not start."""
+        self._peer.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            self._peer.connect(str(self.directory / "qmp.sock"))
+        except ConnectionRefusedError:
+            self._ended()
+        self._line()
         self.ask("qmp_capabilities")
-        return stream
+
+    def _line(self) -> Any:
+        while b"\n" not in self._buffer:
+            try:
+                data = self._peer.recv(1 << 16)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self._ended()
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _ended(self) -> NoReturn:
+        raise AssertionError(f"QEMU ended with {self.process.wait(10)}: {self.words()}")
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """The `return` of one command; AssertionError with QEMU's error."""
         request = {"execute": command, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
-        self._stream.write(json.dumps(request).encode())
-        while True:
-            line = self._stream.readline()
-            if not line:
-                raise AssertionError(f"QEMU ended with {self.process.wait(10)}: {self.words()}")
-            message = json.loads(line)
-            if "event" not in message:
-                break
+        self._peer.sendall(json.dumps(request).encode())
+        message = self._line()
+        while "event" in message:
+            message = self._line()
         assert "return" in message, f"{command}: {message}"
         return message["return"]
 
@@ -96,29 +108,33 @@ class RealQemu:
 
     def end(self) -> None:
         """Kill and reap it."""
-        with contextlib.suppress(AttributeError):
-            self._stream.close()
+        self._peer.close()
         self.process.kill()
         self.process.wait(10)
         self.stderr.close()
 
 
-def _place(opened: Mapping[int, int]) -> None:
-    """In the child: each fd under its number, nothing else inherited (as kvmd/launch.py does)."""
+def _place(opened: Mapping[int, int], uid: int | None) -> None:
+    """In the child: each fd under its number, nothing else inherited, root shed (as kvmd/launch.py does)."""
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 300) for fd in opened.values()]
     for target, fd in zip(opened, high, strict=True):
         os.dup2(fd, target, True)
     os.closerange(3, min(opened))
     os.closerange(max(opened) + 1, max(high) + 1)
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
 
 
 @contextlib.contextmanager
-def running(launch: Launch, taps: Mapping[str, list[int]] | None = None) -> Iterator[RealQemu]:
-    """A QEMU in a directory of its own, gone at the end whatever happened."""
+def running(launch: Launch, taps: Mapping[str, list[int]] | None = None, uid: int | None = None) -> Iterator[RealQemu]:
+    """A QEMU in a directory of its own, under `uid`, gone at the end whatever happened."""
     with tempfile.TemporaryDirectory(prefix="kvmd-qemu-") as directory:
         qemu = None
         try:
-            qemu = RealQemu(launch, Path(directory), taps)
+            qemu = RealQemu(launch, Path(directory), taps, uid)
+            qemu.connect()
             yield qemu
         finally:
             if qemu:
