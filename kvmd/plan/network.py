@@ -1,0 +1,360 @@
+"""Networks: what is declared against the links, rules and servers that are there. Pure.
+
+kvmd makes the bridge of `nat` and `isolated` networks and marks it with the alias `kvmd:NETWORK`; with mode
+"bridge" it joins one that exists and never changes it. A link without the mark is somebody else's and stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kvmd.actions import (
+    Action,
+    Disruption,
+    EnsureBridge,
+    Problem,
+    RemoveBridge,
+    ReplaceRuleset,
+    StartDnsmasq,
+    StopDnsmasq,
+    WriteKnob,
+)
+from kvmd.config.guest import Guest
+from kvmd.config.network import Network, bridge_name
+from kvmd.facts import Facts, Link
+from kvmd.plan.dnsmasq import Host, build_config, config_sha256, wants_dnsmasq
+from kvmd.plan.nft import EDITED, build_ruleset, fingerprint
+
+FORWARDING = "/proc/sys/net/ipv4/ip_forward"
+KNOBS = (FORWARDING,)  # what facts.knobs must hold for this planner
+ALIAS = "kvmd:"
+
+Macs = Mapping[tuple[str, str], str]
+
+
+def bridge_alias(network: str) -> str:
+    """The mark of a bridge that kvmd made."""
+    return ALIAS + network
+
+
+def tap_alias(network: str, guest: str, nic: str) -> str:
+    """The mark of a TAP that kvmd made."""
+    return f"{ALIAS}{network}:{guest}:{nic}"
+
+
+def bridge_mac(bridge: str) -> str:
+    """The address a bridge of ours keeps whatever its ports are (else it is the lowest port's); locally administered."""
+    return _mac(0x02, f"kvmd bridge {bridge}")
+
+
+def tap_mac(tap: str) -> str:
+    """The host's end of a TAP: 0xfe first, so a foreign bridge that takes its lowest port's address never takes it."""
+    return _mac(0xFE, f"kvmd tap {tap}")
+
+
+def _mac(first: int, seed: str) -> str:
+    return ":".join(f"{byte:02x}" for byte in (first, *hashlib.sha256(seed.encode()).digest()[:5]))
+
+
+def tap_name(uuid: str, nic: str) -> str:
+    """The TAP of a guest's NIC: 14 bytes, the same at each start; 48 bits of hash keep two apart."""
+    return "kv" + hashlib.sha256(f"{uuid}/{nic}".encode()).hexdigest()[:12]
+
+
+def is_our_bridge(link: Link) -> bool:
+    """Whether kvmd made it: by the mark; without one (kvmd died before setting it) by the address it was made with."""
+    if link.kind != "bridge":
+        return False
+    if link.alias:
+        return link.alias.startswith(ALIAS) and link.alias.count(":") == 1
+    return link.mac == bridge_mac(link.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _World:
+    """The inputs, with what several steps look up."""
+
+    networks: Mapping[str, Network]
+    guests: Mapping[str, Guest]
+    macs: Macs
+    facts: Facts
+    links: Mapping[str, Link]
+    ports: Mapping[str, tuple[str, ...]]  # bridge -> names of its ports
+    on: Mapping[str, frozenset[str]]  # network -> guests with a NIC on it
+    actions: list[Action] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, network: str, message: str, hint: str | None, *, blocks: bool = True) -> None:
+        guests = self.on.get(network, frozenset()) if blocks else frozenset()
+        self.problems.append(Problem(f"network {network}", message, hint, guests))
+
+
+def plan_network(
+    networks: Mapping[str, Network], guests: Mapping[str, Guest], macs: Macs, facts: Facts
+) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
+    """What to do so that the declared networks are there, and what cannot be had as asked.
+
+    `macs` holds the address of each (guest, nic) from the identity files. New things come before old ones go, the
+    rules before forwarding is switched on.
+    """
+    world = _look(networks, guests, macs, facts)
+    _plan_guests(world)
+    blocked = {name for name, network in sorted(networks.items()) if not _plan_bridge(world, name, network)}
+    _plan_ruleset(world)
+    _plan_forwarding(world)
+    _plan_servers(world, blocked)
+    _plan_removal(world)
+    return tuple(world.actions), tuple(world.problems)
+
+
+def _look(networks: Mapping[str, Network], guests: Mapping[str, Guest], macs: Macs, facts: Facts) -> _World:
+    ports: defaultdict[str, list[str]] = defaultdict(list)
+    for link in facts.links:
+        if link.master:
+            ports[link.master].append(link.name)
+    on: defaultdict[str, set[str]] = defaultdict(set)
+    for name, guest in guests.items():
+        for nic in guest.nic.values():
+            if nic.network:
+                on[nic.network].add(name)
+    return _World(
+        networks=networks,
+        guests=guests,
+        macs=macs,
+        facts=facts,
+        links={link.name: link for link in facts.links},
+        ports={bridge: tuple(sorted(names)) for bridge, names in ports.items()},
+        on={network: frozenset(names) for network, names in on.items()},
+    )
+
+
+def _plan_guests(world: _World) -> None:
+    """Faults that only show when all guests are seen together with their remembered addresses."""
+    for network in sorted(world.on.keys() - world.networks.keys()):
+        hint = f"mend or make networks.d/{network}.toml"
+        world.problem(network, "is asked for by a guest but is not declared, or its file is not in order", hint)
+    holders: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for guest, nic, network, mac in _nics(world):
+        holders[network, mac].append((guest, nic))
+    for (network, mac), nics in sorted(holders.items()):
+        if len(nics) > 1:
+            who = " and ".join(f"{guest} (nic.{nic})" for guest, nic in sorted(nics))
+            world.problems.append(
+                Problem(
+                    f"network {network}",
+                    f"MAC address {mac} belongs to {who}",
+                    "give one of them another `mac`, or another `guest.uuid` if its files were copied",
+                    frozenset(guest for guest, _ in nics),
+                )
+            )
+
+
+def _nics(world: _World) -> Iterator[tuple[str, str, str, str]]:
+    """(guest, nic, network, mac) of every NIC on a network whose address is known."""
+    for guest, config in sorted(world.guests.items()):
+        for nic, table in sorted(config.nic.items()):
+            mac = table.mac or world.macs.get((guest, nic))
+            if table.network and mac:
+                yield guest, nic, table.network, mac.lower()
+
+
+def _plan_bridge(world: _World, name: str, network: Network) -> bool:
+    """Plans the bridge; False if guests cannot be plugged in."""
+    bridge = bridge_name(name, network)
+    link = world.links.get(bridge)
+    if network.network.mode == "bridge":
+        return _check_joined(world, name, bridge, link)
+    if link is not None and not is_our_bridge(link):
+        what = f"a {link.kind or 'network interface'}" + (f" marked {link.alias!r}" if link.alias else "")
+        world.problem(
+            name,
+            f'"{bridge}" exists and is {what} that kvmd did not make; it is left alone',
+            f"give networks.d/{name}.toml another network.bridge, or remove that link",
+        )
+        return False
+    clash = _subnet_in_use(world, bridge, network)
+    if clash:
+        world.problem(name, clash, f"choose another ipv4.address in networks.d/{name}.toml", blocks=link is None)
+        if link is None:
+            return False
+    change = "create" if link is None else _bridge_change(name, network, link)
+    if change:
+        world.actions.append(_ensure(world, name, bridge, network, change))
+    return True
+
+
+def _ensure(world: _World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
+    disturbing = bool(world.ports.get(bridge)) and ("mtu" in change or "address" in change)
+    return EnsureBridge(
+        network=name,
+        bridge=bridge,
+        mtu=network.network.mtu,
+        stp=network.network.stp,
+        addresses=_addresses(network),
+        change=change,
+        why=f"networks.d/{name}.toml declares a network of mode {network.network.mode}",
+        disruption=Disruption.NETWORK if disturbing else Disruption.NONE,
+    )
+
+
+def _check_joined(world: _World, name: str, bridge: str, link: Link | None) -> bool:
+    if link is not None and link.kind == "bridge":
+        if not link.up:
+            world.problem(name, f'bridge "{bridge}" is down', f"ip link set {bridge} up", blocks=False)
+        return True
+    what = f'bridge "{bridge}" does not exist' if link is None else f'"{bridge}" exists but is no bridge'
+    world.problem(
+        name,
+        f'{what}; mode = "bridge" joins one that the distribution makes',
+        f"networks.d/{name}.toml: name an existing bridge, let ifupdown, systemd-networkd, netplan or NetworkManager"
+        f' make "{bridge}", or use mode = "nat" and kvmd makes one',
+    )
+    return False
+
+
+def _addresses(network: Network) -> tuple[str, ...]:
+    return (str(network.ipv4.address),) if network.ipv4 else ()
+
+
+def _bridge_change(name: str, network: Network, link: Link) -> str:
+    """What of the bridge is not as declared, for people; "" if all is."""
+    wanted, present = set(_addresses(network)), set(link.addresses)
+    changes = [
+        *(f"address +{address}" for address in sorted(wanted - present)),
+        *(f"address -{address}" for address in sorted(present - wanted)),
+    ]
+    if link.mtu != network.network.mtu:
+        changes.append(f"mtu {link.mtu} -> {network.network.mtu}")
+    if link.stp is not None and link.stp != network.network.stp:
+        changes.append(f"stp {'on -> off' if link.stp else 'off -> on'}")
+    if not link.up:
+        changes.append("down -> up")
+    if link.alias != bridge_alias(name):
+        changes.append(f"alias {link.alias or 'none'} -> {bridge_alias(name)}")
+    if link.mac != bridge_mac(link.name):
+        changes.append(f"mac {link.mac} -> {bridge_mac(link.name)}")
+    return ", ".join(changes)
+
+
+def _subnet_in_use(world: _World, bridge: str, network: Network) -> str | None:
+    if network.ipv4 is None:
+        return None
+    subnet = network.ipv4.address.network
+    for link in sorted(world.facts.links, key=lambda link: link.name):
+        if link.name == bridge or is_our_bridge(link):
+            continue
+        for text in link.addresses:
+            other = ipaddress.ip_interface(text).network
+            if other.prefixlen and isinstance(other, ipaddress.IPv4Network) and other.overlaps(subnet):
+                return f"{subnet} overlaps {text} on {link.name}: the host could not tell which way to send"
+    return None
+
+
+def _leftover(world: _World) -> tuple[Link, ...]:
+    """Bridges of ours that no file asks for any more."""
+    wanted = {bridge_name(name, net) for name, net in world.networks.items() if net.network.mode != "bridge"}
+    return tuple(
+        link
+        for link in sorted(world.facts.links, key=lambda link: link.name)
+        if link.alias and is_our_bridge(link) and link.name not in wanted
+    )
+
+
+def _removal_disruption(world: _World, bridges: tuple[Link, ...]) -> Disruption:
+    in_use = any(world.ports.get(link.name) for link in bridges)
+    return Disruption.NETWORK if in_use else Disruption.NONE
+
+
+def _plan_ruleset(world: _World) -> None:
+    text = build_ruleset(world.networks)
+    there, wanted = world.facts.nft, fingerprint(text)
+    if there == wanted:
+        return
+    if not text:
+        change, why = "remove", "no network needs rules any more"
+    elif there is None:
+        change, why = "create", f"rules of {_plural(world)}"
+    elif there == f"{wanted}{EDITED}":
+        change, why = "as declared again", "somebody changed it by hand"
+    else:
+        change, why = "rules differ", f"rules of {_plural(world)}"
+    # Without its rules a bridge that still has guests would lose its way out and its fence.
+    disruption = _removal_disruption(world, _leftover(world))
+    world.actions.append(ReplaceRuleset(text=text, change=change, why=why, disruption=disruption))
+
+
+def _plural(world: _World) -> str:
+    names = sorted(name for name, network in world.networks.items() if network.network.mode != "bridge")
+    return f"network{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _plan_forwarding(world: _World) -> None:
+    nat = sorted(name for name, network in world.networks.items() if network.network.mode == "nat")
+    if not nat:
+        return
+    value = world.facts.knobs.get(FORWARDING)
+    if value is None:
+        world.problem(nat[0], f"cannot read {FORWARDING}: NAT needs forwarding", "is /proc/sys mounted?", blocks=False)
+    elif value != "1":
+        world.actions.append(WriteKnob(path=FORWARDING, old=value, new="1", why=f"network {nat[0]} is NAT"))
+
+
+def _plan_servers(world: _World, blocked: set[str]) -> None:
+    running = {server.network: server for server in world.facts.dnsmasq}
+    for name, network in sorted(world.networks.items()):
+        if name in blocked or not wants_dnsmasq(network):
+            continue
+        config = build_config(name, network, _hosts(world, name, network))
+        server = running.get(name)
+        if server is None:
+            what = "DHCP and DNS" if network.ipv4 and network.ipv4.dhcp and network.dns.enabled else "DHCP or DNS"
+            why = f"networks.d/{name}.toml asks for {what}"
+            world.actions.append(StartDnsmasq(network=name, config=config, why=why))
+        elif server.config_sha256 != config_sha256(config):
+            why = "the network or its guests' addresses changed; leases are kept"
+            world.actions.append(StartDnsmasq(network=name, config=config, change="new configuration", why=why))
+
+
+def _hosts(world: _World, name: str, network: Network) -> list[Host]:
+    """Who is known by name: a guest by its own (a second NIC by name-nic), then the file's reservations."""
+    hosts: list[Host] = []
+    taken: set[str] = set()
+    for guest, nic, on, mac in _nics(world):
+        if on == name:
+            address = world.guests[guest].nic[nic].ipv4
+            label = guest if guest not in taken else f"{guest}-{nic}"
+            hosts.append(Host(_label(label, taken), mac, str(address) if address else None))
+    for key, entry in sorted(network.reservation.items()):
+        hosts.append(Host(_label(key, taken), entry.mac.lower(), str(entry.ipv4)))
+    return hosts
+
+
+def _label(text: str, taken: set[str]) -> str:
+    """A host name label nobody else has: "_" is none, and a name twice would answer with two addresses."""
+    base = text.replace("_", "-")
+    label, number = base, 1
+    while label in taken:
+        number += 1
+        label = f"{base}-{number}"
+    taken.add(label)
+    return label
+
+
+def _plan_removal(world: _World) -> None:
+    leftover = _leftover(world)
+    for server in sorted(world.facts.dnsmasq, key=lambda server: server.network):
+        network = world.networks.get(server.network)
+        if network is None or not wants_dnsmasq(network):
+            bridges = tuple(link for link in leftover if link.alias == bridge_alias(server.network))
+            why = f"networks.d/{server.network}.toml " + ("is gone" if network is None else "asks for none")
+            disruption = _removal_disruption(world, bridges)
+            world.actions.append(StopDnsmasq(network=server.network, why=why, disruption=disruption))
+    for link in leftover:
+        ports = world.ports.get(link.name, ())
+        why = "no network is declared for it" + (f"; still plugged in: {', '.join(ports)}" if ports else "")
+        disruption = _removal_disruption(world, (link,))
+        world.actions.append(RemoveBridge(bridge=link.name, why=why, disruption=disruption))
