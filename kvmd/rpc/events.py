@@ -105,6 +105,8 @@ class Subscription:
     def _flow(self) -> None:
         """Send a page of what is due, first from history, then from the queue; come back for more."""
         self._scheduled = False
+        if not self._hub.has(self):
+            return
         for _ in range(PAGE_EVENTS):
             if not self._outlet.ready:
                 return  # resume() will be called
@@ -141,11 +143,7 @@ class Subscription:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._outlet.later(self._resume_later)
-
-    def _resume_later(self) -> None:
-        if self._scheduled and self._hub.has(self):
-            self._flow()
+            self._outlet.later(self._flow)
 
     def _part(self, code: str) -> None:
         """It cannot go on ("lagged": too slow): say where it stopped, and hang up."""

@@ -374,7 +374,7 @@ def test_raw_json_is_one_line() -> None:
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=10), inner, max_size=6),
-    max_leaves=30,
+    max_leaves=12,
 )
 _requests = st.fixed_dictionaries(
     {},

@@ -1,0 +1,289 @@
+"""The methods of the API: each a few lines between the manager and the shapes in results.py.
+
+`guest.list` is answered from cached bytes: the same state is encoded once, however often it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from kvmd import __version__
+from kvmd.actions import AnyAction, Disruption, Outcome, Problem
+from kvmd.config.desired import Fault
+from kvmd.guest.lifecycle import ALIVE
+from kvmd.guest.supervisor import Supervisor
+from kvmd.manager import Manager, Report, pending_changes
+from kvmd.plan.network import tap_name
+from kvmd.rpc import results
+from kvmd.rpc.protocol import RawJson
+from kvmd.rpc.registry import Call, NoParams, Registry
+from kvmd.tuning.agent import Agent
+
+_WORD = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+class Methods:
+    """Answers every method except the protocol's own."""
+
+    def __init__(self, manager: Manager, agent: Agent, *, started_at: float) -> None:
+        self._manager = manager
+        self._agent = agent
+        self._started_at = started_at
+        self._list: tuple[int, RawJson] | None = None
+
+    def add_to(self, registry: Registry) -> None:
+        """Register all of them."""
+        for name, role, params, result, handler in (
+            ("guest.list", "viewer", NoParams, results.GuestList, self.guest_list),
+            ("guest.show", "viewer", results.GuestParams, results.GuestDetail, self.guest_show),
+            ("guest.start", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_start),
+            ("guest.stop", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_stop),
+            ("guest.kill", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_kill),
+            ("guest.reboot", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reboot),
+            ("guest.reset", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reset),
+            ("host.plan", "viewer", NoParams, results.Plan, self.host_plan),
+            ("host.apply", "admin", results.ApplyParams, results.Applied, self.host_apply),
+            ("host.reconcile", "operator", NoParams, results.Applied, self.host_reconcile),
+            ("host.release", "admin", NoParams, results.Released, self.host_release),
+            ("host.facts", "viewer", NoParams, results.HostFacts, self.host_facts),
+            ("tune.status", "viewer", NoParams, results.TuneStatus, self.tune_status),
+            ("tune.explain", "viewer", results.ExplainParams, results.Explained, self.tune_explain),
+            ("daemon.status", "viewer", NoParams, results.DaemonStatus, self.daemon_status),
+            ("daemon.version", "viewer", NoParams, results.DaemonVersion, self.daemon_version),
+            ("daemon.ping", "viewer", NoParams, results.Pong, self.daemon_ping),
+        ):
+            registry.method(name, role=role, params=params, result=result)(handler)  # type: ignore[type-var]
+
+    # ---- guests -------------------------------------------------------------------------------------------------
+
+    async def guest_list(self, _params: NoParams, _call: Call) -> RawJson:
+        """All guests, from what is known without asking any QEMU"""
+        if self._list is None or self._list[0] != self._manager.version:
+            version = self._manager.version
+            shown = results.GuestList(guests=tuple(self._summary(supervisor) for supervisor in self._listed()))
+            self._list = (version, RawJson(shown.model_dump_json().encode()))
+        return self._list[1]
+
+    async def guest_show(self, params: results.GuestParams, _call: Call) -> results.GuestDetail:
+        """Everything about one guest"""
+        services, name = self._manager.services, params.name
+        supervisor = self._manager.known(name)
+        guest = services.guest(name)
+        identity = services.identity(name)
+        run = supervisor.record
+        return results.GuestDetail(
+            **self._summary(supervisor).model_dump(),
+            description=guest.guest.description or None if guest else None,
+            machine=identity.machine if identity else guest.machine.type if guest else None,
+            accel=guest.machine.accel if guest else None,
+            display=str(services.paths.guest_display(name) / "vnc.sock")
+            if guest and guest.display.type == "vnc"
+            else None,
+            disks=tuple(
+                results.Disk(name=disk, file=table.file or "", format=table.format or "", size_bytes=None)
+                for disk, table in (guest.disk.items() if guest else ())
+            ),
+            nics=tuple(
+                results.Nic(
+                    name=nic,
+                    network=table.network,
+                    mac=identity.macs.get(nic, "") if identity else "",
+                    ipv4=str(table.ipv4) if table.ipv4 else None,
+                    tap=tap_name(identity.uuid, nic) if identity and table.network else None,
+                )
+                for nic, table in (guest.nic.items() if guest else ())
+            ),
+            placement=self._placement(supervisor),
+            warnings=supervisor.status.warnings,
+            argv=run.argv if run else (),
+            log_dir=str(services.paths.guest_log(name)),
+        )
+
+    async def guest_start(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
+        """Bring a guest to running"""
+        changed = await self._manager.start(params.name, call.actor, wait=params.wait)
+        return self._verb(params.name, changed=changed)
+
+    async def guest_stop(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
+        """Ask a guest to power off; with force, pull the plug when it does not obey in time"""
+        timeout_s = params.timeout_s
+        changed = await self._manager.stop(params.name, call.actor, timeout_s=timeout_s, force=params.force)
+        return self._verb(params.name, changed=changed)
+
+    async def guest_kill(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
+        """Pull the plug of a guest"""
+        changed = await self._manager.kill(params.name, call.actor)
+        return self._verb(params.name, changed=changed)
+
+    async def guest_reboot(self, params: results.GuestVerbParams, _call: Call) -> results.GuestVerbResult:
+        """Ask a guest to reboot itself, in the same QEMU"""
+        await self._manager.known(params.name).reboot()
+        return self._verb(params.name, changed=True)
+
+    async def guest_reset(self, params: results.GuestVerbParams, _call: Call) -> results.GuestVerbResult:
+        """Press a guest's reset button"""
+        await self._manager.known(params.name).reset()
+        return self._verb(params.name, changed=True)
+
+    def _verb(self, name: str, *, changed: bool) -> results.GuestVerbResult:
+        return results.GuestVerbResult(name=name, state=self._manager.known(name).state.value, changed=changed)
+
+    def _listed(self) -> list[Supervisor]:
+        declared = self._manager.services.loaded.desired.guests
+        found = (s for s in self._manager.supervisors.values() if s.name in declared or s.state in ALIVE)
+        return sorted(found, key=lambda supervisor: supervisor.name)
+
+    def _summary(self, supervisor: Supervisor) -> results.GuestSummary:
+        services, name, status = self._manager.services, supervisor.name, supervisor.status
+        guest = services.guest(name)
+        run = supervisor.record
+        wanted = services.store.wanted(name)
+        return results.GuestSummary(
+            name=name,
+            state=status.life.state.value,
+            reason=status.life.reason or None,
+            uuid=run.uuid if run else guest.guest.uuid if guest else None,
+            pid=status.process.pid if status.process else None,
+            vcpus=len(supervisor.vcpu_threads) or (guest.cpu.vcpus if guest else 0),
+            memory_bytes=int(guest.memory.size) if guest else 0,
+            balloon_bytes=status.balloon_bytes,
+            wanted=wanted.state if wanted else None,
+            since=status.since or None,
+            pending=pending_changes(run, guest),
+            stale=name in services.loaded.desired.stale,
+            observed_at=status.observed_at,
+        )
+
+    def _placement(self, supervisor: Supervisor) -> results.PlacementShape | None:
+        running = self._manager.running(supervisor)
+        if running is None or not running.affinity:
+            return None
+        return results.PlacementShape(vcpus=running.affinity, emulator=running.emulator)
+
+    # ---- host ---------------------------------------------------------------------------------------------------
+
+    async def host_plan(self, _params: NoParams, _call: Call) -> results.Plan:
+        """What apply would do now, with the reason of each action and whom it disturbs"""
+        loaded = self._manager.load()
+        plan = await self._manager.plan()
+        return results.Plan(
+            actions=tuple(_action(action) for action in plan.actions),
+            problems=_problems(plan.problems),
+            faults=_faults(loaded.faults),
+        )
+
+    async def host_apply(self, params: results.ApplyParams, call: Call) -> results.Applied:
+        """Make host and guests as the files say, within the disruption allowed"""
+        allow = frozenset(Disruption(word) for word in params.allow)
+        return _applied(await self._manager.apply(allow, call.actor, prune=params.prune))
+
+    async def host_reconcile(self, _params: NoParams, call: Call) -> results.Applied:
+        """The same for cron: only what disturbs nobody, unless kvmd.toml allows more"""
+        return _applied(await self._manager.reconcile(call.actor))
+
+    async def host_release(self, _params: NoParams, call: Call) -> results.Released:
+        """Put the host back as it was before kvmd touched it"""
+        restored, kept = await self._manager.release(call.actor)
+        return results.Released(restored=tuple(restored), kept=tuple(kept))
+
+    async def host_facts(self, _params: NoParams, _call: Call) -> results.HostFacts:
+        """The host as it is, read now"""
+        return results.HostFacts(json.loads(json.dumps(asdict(await self._manager.observe()), default=_plain)))
+
+    # ---- tuning -------------------------------------------------------------------------------------------------
+
+    async def tune_status(self, _params: NoParams, _call: Call) -> RawJson:
+        """The tuning agent's present picture of host and guests"""
+        return RawJson(results.TuneStatus.model_validate(self._agent.status(), strict=False).model_dump_json().encode())
+
+    async def tune_explain(self, params: results.ExplainParams, _call: Call) -> RawJson:
+        """The agent's decisions about one guest, each with its reasons and what came of it"""
+        self._manager.known(params.name)
+        found = self._agent.explain(params.name, params.limit)
+        return RawJson(results.Explained.model_validate(found, strict=False).model_dump_json().encode())
+
+    # ---- the daemon ---------------------------------------------------------------------------------------------
+
+    async def daemon_status(self, _params: NoParams, _call: Call) -> results.DaemonStatus:
+        """How kvmd is: guests, networks, faults in the files, drift"""
+        services = self._manager.services
+        plan = await self._manager.plan()
+        supervisors = self._listed()
+        troubled = {problem.subject for problem in plan.problems}
+        return results.DaemonStatus(
+            version=__version__,
+            pid=os.getpid(),
+            since=self._started_at,
+            supervisor="systemd" if services.units else "direct",
+            guests_total=len(supervisors),
+            guests_running=sum(supervisor.state in ALIVE for supervisor in supervisors),
+            faults=_faults(services.loaded.faults),
+            networks=tuple(
+                results.NetworkShape(
+                    name=name,
+                    mode=network.network.mode,
+                    bridge=network.network.bridge,
+                    state="degraded" if f"network {name}" in troubled else "up",
+                )
+                for name, network in services.loaded.desired.networks.items()
+            ),
+            drift=len(plan.actions),
+            tuning_mode=services.loaded.desired.host.tuning.mode,
+        )
+
+    async def daemon_version(self, _params: NoParams, _call: Call) -> results.DaemonVersion:
+        """The version of this daemon"""
+        return results.DaemonVersion(version=__version__)
+
+    async def daemon_ping(self, _params: NoParams, _call: Call) -> results.Pong:
+        """The time, to show that it answers"""
+        return results.Pong(time=self._manager.services.now())
+
+
+def _action(action: AnyAction) -> results.ActionShape:
+    return results.ActionShape(
+        kind=_kind(action), line=action.line(), why=action.why, disruption=action.disruption.value
+    )
+
+
+def _outcome(outcome: Outcome) -> results.OutcomeShape:
+    return results.OutcomeShape(**_action(outcome.action).model_dump(), error=outcome.error)
+
+
+def _kind(action: AnyAction) -> str:
+    """ "start-guest" of StartGuest."""
+    return _WORD.sub("-", type(action).__name__).lower()
+
+
+def _problems(problems: Iterable[Problem]) -> tuple[results.ProblemShape, ...]:
+    return tuple(
+        results.ProblemShape(subject=p.subject, message=p.message, hint=p.hint, guests=tuple(sorted(p.guests)))
+        for p in problems
+    )
+
+
+def _faults(faults: Iterable[Fault]) -> tuple[results.FaultShape, ...]:
+    return tuple(results.FaultShape(**asdict(fault)) for fault in faults)
+
+
+def _applied(report: Report) -> results.Applied:
+    return results.Applied(
+        outcomes=tuple(_outcome(outcome) for outcome in report.outcomes),
+        skipped=tuple(_action(action) for action in report.skipped),
+        problems=_problems(report.plan.problems),
+        faults=_faults(report.loaded.faults),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what json does not know: sets become lists, mappings plain."""
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if hasattr(value, "items"):
+        return dict(value.items())
+    return str(value)
