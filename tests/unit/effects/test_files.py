@@ -28,7 +28,7 @@ class FailingSync:
         os.fsync(fd)
 
 
-# ---- write_atomic ---------------------------------------------------------------------------------------------------
+# ---- write_atomic ---------------------------------------------------------------------------------------------
 
 
 def test_writes_replaces_and_leaves_nothing_beside(tmp_path):
@@ -81,7 +81,7 @@ def test_failed_sync_of_the_directory_says_that_the_new_content_is_in_place(tmp_
 
 
 def test_missing_directory_is_reported_with_the_path(tmp_path):
-    with pytest.raises(HostFailed, match="cannot write .*/none/a: No such file"):
+    with pytest.raises(HostFailed, match=r"cannot write .*/none/a: No such file"):
         files.write_atomic(tmp_path / "none" / "a", b"")
 
 
@@ -95,7 +95,7 @@ def test_stale_temps_go_and_nothing_else(tmp_path):
     assert files.remove_stale_temps(tmp_path / "none") == ()
 
 
-# ---- ensure_dir, logs -----------------------------------------------------------------------------------------------
+# ---- ensure_dir, logs -----------------------------------------------------------------------------------------
 
 
 def test_directory_is_made_corrected_and_left(tmp_path):
@@ -109,7 +109,7 @@ def test_directory_is_made_corrected_and_left(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("make", [lambda p: p.symlink_to("/tmp"), lambda p: p.write_bytes(b""), lambda p: os.mkfifo(p)])
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("/tmp"), lambda p: p.write_bytes(b""), os.mkfifo])
 def test_what_is_no_directory_is_refused_and_left_alone(tmp_path, make):
     target = tmp_path / "guests"
     make(target)
@@ -150,7 +150,7 @@ def test_log_is_a_regular_file_with_one_name(tmp_path, kind):
     assert other.read_bytes() == b"keep"
 
 
-# ---- open_beneath ---------------------------------------------------------------------------------------------------
+# ---- open_beneath ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_both_ways_give_the_same_answer_and_never_the_outside(tree, parts, flags
     assert found != (tree.parent / "secret").stat().st_ino
 
 
-# ---- rename_new -----------------------------------------------------------------------------------------------------
+# ---- rename_new -----------------------------------------------------------------------------------------------
 
 
 def test_rename_new_replaces_nothing(tmp_path):

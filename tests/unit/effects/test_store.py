@@ -47,7 +47,7 @@ def reopened(opened, store):
     return opened()
 
 
-# ---- journal ---------------------------------------------------------------------------------------------------------
+# ---- journal ---------------------------------------------------------------------------------------------------
 
 
 def test_journal_keeps_the_first_original_and_the_last_new_in_order(opened, store):
@@ -76,7 +76,7 @@ def test_an_original_of_another_boot_is_none(store):
     assert store.journalled(NEXT_BOOT) == ()
 
 
-# ---- wanted, holds, meta ---------------------------------------------------------------------------------------------
+# ---- wanted, holds, meta ---------------------------------------------------------------------------------------
 
 
 def test_wanted_and_holds_are_the_last_ones(opened, store):
@@ -109,7 +109,7 @@ def test_meta(opened, store):
     assert reopened(opened, store).meta("boot") == NEXT_BOOT
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_from_intent_to_end(opened, store):
@@ -160,7 +160,7 @@ def test_crashes_are_counted_from_a_time_and_bounded(store):
     assert (store.crashes_since("web", 0.0), store.crashes_since("nas", 0.0)) == (0, 1)
 
 
-# ---- uids ------------------------------------------------------------------------------------------------------------
+# ---- uids ------------------------------------------------------------------------------------------------------
 
 
 def test_uid_is_remembered_and_never_shared(opened, store):
@@ -215,7 +215,7 @@ def test_forgetting_a_guest_takes_everything_but_not_while_it_runs(store):
     assert (store.wanted("web"), store.last_end("web"), store.crashes_since("web", 0.0)) == (None, None, 0)
 
 
-# ---- the file: private, damaged, newer, older -------------------------------------------------------------------------
+# ---- the file: private, damaged, newer, older -------------------------------------------------------------------
 
 
 def test_files_are_private_and_a_new_store_is_no_loss(tmp_path, store):
@@ -355,7 +355,7 @@ def test_backup_is_complete_and_replaces(tmp_path, store):
     copy.close()
 
 
-# ---- a directory that cannot be written -------------------------------------------------------------------------------
+# ---- a directory that cannot be written -------------------------------------------------------------------------
 
 
 def test_without_its_directory_reads_answer_writes_fail_and_it_recovers(tmp_path, caplog):
