@@ -7,8 +7,8 @@ pages their guests have not touched yet. Merged pages (KSM) and ballooned ones n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvmd.actions import Problem
@@ -99,58 +99,80 @@ def admit(
     the sum and what would make it fit.
     """
     guests = tuple(sorted(candidates, key=lambda guest: guest.name))
-    asking = next(guest for guest in guests if guest.name == name)
-    case = _Case(asking, guests, memory, reserve, foreign_qemu_bytes, swap_factor)
-    charges = {guest.name: guest.charge_bytes for guest in guests}
-    if rule == Rule.STRICT:
-        return case.judge(Rule.STRICT, charges, case.usable)
-    resident = {guest.name: guest.charge_bytes for guest in guests if guest.is_resident}
-    if asking.is_resident:
-        problem = case.judge("swap_backed for memory that cannot be swapped", resident, case.usable)
-        if problem:
-            return problem
-    problem = case.judge(Rule.SWAP_BACKED, charges, case.usable + case.swap)
-    if problem or rule == Rule.SWAP_BACKED or falls_back(rule, name, guests):
-        return problem
-    demands = {guest.name: guest.demand_bytes(is_new=guest is asking) for guest in guests}
-    return case.judge(Rule.STATISTICAL, demands, int(STATISTICAL_FILL * case.usable))
+    return _Case(name, guests, memory, rule, reserve, foreign_qemu_bytes, swap_factor).problem()
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A rule that says no: what it counted for each guest, and what there is."""
+
+    rule: str
+    charges: Mapping[str, int]
+    limit: int
+
+    @property
+    def needed(self) -> int:
+        return sum(self.charges.values())
+
+    @property
+    def short(self) -> int:
+        return self.needed - self.limit
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """The numbers of one question, so that each rule and each sentence uses the same ones."""
+    """One question: may `name` run? A changed copy of it is how a piece of advice is tried before it is given."""
 
-    asking: Candidate
+    name: str
     guests: tuple[Candidate, ...]
     memory: Memory
+    rule: str
     reserve: int
     foreign: int
     swap_factor: float
 
     @property
+    def asking(self) -> Candidate:
+        return next(guest for guest in self.guests if guest.name == self.name)
+
+    @property
     def usable(self) -> int:
         return usable_bytes(self.memory, reserve=self.reserve, foreign_qemu_bytes=self.foreign)
 
-    @property
-    def swap(self) -> int:
-        return int(self.swap_factor * self.memory.swap_total_bytes)
+    def refusal(self) -> _Verdict | None:
+        """The first rule that is broken."""
+        return next((verdict for verdict in self._verdicts() if verdict.short > 0), None)
 
-    def judge(self, rule: str, charges: Mapping[str, int], limit: int) -> Problem | None:
-        """Refuse when the charges exceed the limit."""
-        needed = sum(charges.values())
-        if needed <= limit:
+    def _verdicts(self) -> Iterator[_Verdict]:
+        charges = {guest.name: guest.charge_bytes for guest in self.guests}
+        if self.rule == Rule.STRICT:
+            yield _Verdict(Rule.STRICT, charges, self.usable)
+            return
+        if self.asking.is_resident:
+            resident = {guest.name: guest.charge_bytes for guest in self.guests if guest.is_resident}
+            yield _Verdict("swap_backed for memory that cannot be swapped", resident, self.usable)
+        swap = int(self.swap_factor * self.memory.swap_total_bytes)
+        yield _Verdict(Rule.SWAP_BACKED, charges, self.usable + swap)
+        if self.rule == Rule.STATISTICAL and not falls_back(self.rule, self.name, self.guests):
+            demands = {guest.name: guest.demand_bytes(is_new=guest.name == self.name) for guest in self.guests}
+            yield _Verdict(Rule.STATISTICAL, demands, int(STATISTICAL_FILL * self.usable))
+
+    def problem(self) -> Problem | None:
+        """The refusal in words, with what would change it."""
+        found = self.refusal()
+        if found is None:
             return None
-        own = charges[self.asking.name]
-        others = len(charges) - 1
+        own, others = found.charges[self.name], len(found.charges) - 1
         return Problem(
-            subject=f"guest {self.asking.name}",
+            subject=f"guest {self.name}",
             message=(
-                f"not enough memory (rule {rule}): {self.asking.name} counts {_size(own)}, "
-                f"{others} other guest{'' if others == 1 else 's'} {_size(needed - own)}, together {_size(needed)}; "
-                f"there is {_size(limit)} ({self._sum(rule)}): {_size(needed - limit)} short"
+                f"not enough memory (rule {found.rule}): {self.name} counts {_size(own)}, "
+                f"{others} other guest{'' if others == 1 else 's'} {_size(found.needed - own)}, "
+                f"together {_size(found.needed)}; "
+                f"there is {_size(found.limit)} ({self._sum(found.rule)}): {_size(found.short)} short"
             ),
-            hint="one of these makes it fit: " + "; ".join(self._remedies(rule, charges, needed - limit)),
-            guests=frozenset({self.asking.name}),
+            hint="one of these makes it fit: " + "; ".join(self._remedies(found)),
+            guests=frozenset({self.name}),
         )
 
     def _sum(self, rule: str) -> str:
@@ -163,22 +185,34 @@ class _Case:
             terms += f" + {self.swap_factor:g} of {_size(self.memory.swap_total_bytes)} swap"
         return f"{STATISTICAL_FILL:.0%} of {terms}" if rule == Rule.STATISTICAL else terms
 
-    def _remedies(self, rule: str, charges: Mapping[str, int], short: int) -> list[str]:
-        ways = []
-        fill, share = (STATISTICAL_FILL, STATISTICAL_NEW) if rule == Rule.STATISTICAL else (1.0, 1.0)
-        smaller = _down(self.asking.memory_bytes - short / share)
-        if not self.asking.in_hugepages and smaller >= SMALLEST_ADVISED_BYTES:
-            ways.append(f'memory.size = "{Size(smaller)}"')
-        others = [(charge, name) for name, charge in charges.items() if name != self.asking.name and charge >= short]
-        if others:
-            ways.append(f"stop {min(others)[1]}")
-        if rule == Rule.SWAP_BACKED and self.swap_factor > 0:
-            ways.append(f"{_size(_up(short / self.swap_factor))} more swap")
-        if rule == Rule.STRICT and sum(charges.values()) <= self.usable + self.swap:
-            ways.append('memory.admission = "swap_backed" in host.toml')
-        if self.reserve - short / fill >= SMALLEST_RESERVE_BYTES:
-            ways.append(f'memory.reserve = "{Size(_down(self.reserve - short / fill))}" in host.toml')
-        return ways or [f"{_size(_up(short / fill))} more RAM"]
+    def _remedies(self, found: _Verdict) -> list[str]:
+        """Single changes that were tried and are enough."""
+        ways = {text: case for text, case in self._changes(found) if case.refusal() is None}
+        return list(ways) or ["more memory, or several of: a smaller guest, fewer guests, more swap"]
+
+    def _changes(self, found: _Verdict) -> Iterator[tuple[str, _Case]]:
+        asking, is_statistical = self.asking, found.rule == Rule.STATISTICAL
+        smaller = _down(asking.memory_bytes - found.short / (STATISTICAL_NEW if is_statistical else 1))
+        if not asking.in_hugepages and smaller >= SMALLEST_ADVISED_BYTES:
+            shrunk = replace(asking, memory_bytes=smaller)
+            rest = tuple(shrunk if guest.name == self.name else guest for guest in self.guests)
+            yield f'memory.size = "{Size(smaller)}"', replace(self, guests=rest)
+        without = (
+            (name, replace(self, guests=tuple(guest for guest in self.guests if guest.name != name)))
+            for _, name in sorted((charge, name) for name, charge in found.charges.items() if name != self.name)
+        )
+        enough = next(((name, case) for name, case in without if case.refusal() is None), None)
+        if enough:
+            yield f"stop {enough[0]}", enough[1]
+        if found.rule == Rule.SWAP_BACKED and self.swap_factor > 0:
+            more = _up(found.short / self.swap_factor)
+            memory = replace(self.memory, swap_total_bytes=self.memory.swap_total_bytes + more)
+            yield f"{_size(more)} more swap", replace(self, memory=memory)
+        if self.rule == Rule.STRICT:
+            yield 'memory.admission = "swap_backed" in host.toml', replace(self, rule=Rule.SWAP_BACKED)
+        reserve = _down(self.reserve - found.short / (STATISTICAL_FILL if is_statistical else 1))
+        if reserve >= SMALLEST_RESERVE_BYTES:
+            yield f'memory.reserve = "{Size(reserve)}" in host.toml', replace(self, reserve=reserve)
 
 
 def falls_back(rule: str, name: str, candidates: Iterable[Candidate]) -> str | None:
