@@ -60,7 +60,8 @@ _HINTS = {
 
 def _code(error: Exception) -> int:
     """errno of an OSError or of pyroute2's NetlinkError; 0 for a dump that was interrupted."""
-    return abs(getattr(error, "code", None) or getattr(error, "errno", None) or 0)
+    code: int = getattr(error, "code", None) or getattr(error, "errno", None) or 0
+    return abs(code)
 
 
 def _refused(what: str, error: Exception) -> HostFailed:
@@ -171,9 +172,8 @@ class Netlink:
     async def _make_bridge(self, action: EnsureBridge) -> Link:
         name = action.bridge
         # The address is there from the first moment: it is how a bridge without its alias yet is known as ours.
-        add = {"ifname": name, "kind": "bridge", "address": bridge_mac(name)}
         try:
-            await self._link(f"make bridge {name}", "add", **add)
+            await self._link(f"make bridge {name}", "add", ifname=name, kind="bridge", address=bridge_mac(name))
         except HostFailed as error:
             if error.details.get("errno") != errno.EEXIST:
                 raise

@@ -47,7 +47,7 @@ def tap_alias(network: str, guest: str, nic: str) -> str:
 
 
 def bridge_mac(bridge: str) -> str:
-    """The address a bridge of ours keeps whatever its ports are (else it is the lowest port's); locally administered."""
+    """The address a bridge of ours keeps whatever its ports are; else it would be the lowest port's."""
     return _mac(0x02, f"kvmd bridge {bridge}")
 
 

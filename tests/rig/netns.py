@@ -88,7 +88,7 @@ def private_namespace(purpose: str) -> Iterator[Namespace]:
 
 
 def _processes_in(namespace: Namespace) -> list[int]:
-    """Processes in a namespace that this module made (so everything in it was started by the test), except ourselves."""
+    """Processes in a namespace that this module made, so all of them were started by the test; not ourselves."""
     found = subprocess.run(("ip", "netns", "pids", namespace.name), capture_output=True, text=True, check=True)
     return [int(word) for word in found.stdout.split() if int(word) != os.getpid()]
 

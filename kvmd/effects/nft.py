@@ -1,0 +1,84 @@
+"""kvmd's one nftables table, read and replaced by nft(8). What is in it is decided in plan/nft.py.
+
+The replacement is one `nft -f -`, which the kernel carries out wholly or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+
+from kvmd.actions import ReplaceRuleset
+from kvmd.errors import HostFailed
+from kvmd.plan.nft import REMOVE, TABLE, read_fingerprint
+
+_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+_DEADLINE_S = 10.0
+_ABSENT = "No such file or directory"
+
+
+def _run(arguments: tuple[str, ...], text: str = "") -> subprocess.CompletedProcess[str] | None:
+    """nft with these arguments; None if it is not installed. HostFailed if it hangs."""
+    program = shutil.which("nft", path=_PATH)
+    if program is None:
+        return None
+    try:
+        return subprocess.run(
+            (program, *arguments),
+            input=text,
+            capture_output=True,
+            text=True,
+            env={"PATH": _PATH, "LC_ALL": "C"},
+            timeout=_DEADLINE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        message = f"nft {' '.join(arguments)}: no answer within {_DEADLINE_S:g} s"
+        raise HostFailed(message, hint="it was killed and is tried again at the next pass") from None
+    except OSError as error:
+        raise HostFailed(f"cannot run {program}: {error.strerror}") from None
+
+
+def _refused(what: str, done: subprocess.CompletedProcess[str]) -> HostFailed:
+    reason = re.sub(r"\s+", " ", done.stderr).strip()[:500] or f"exit code {done.returncode}"
+    hint = "kvmd needs CAP_NET_ADMIN" if "not permitted" in reason else "does this kernel have nf_tables with inet NAT?"
+    return HostFailed(f"nft refused {what}: {reason}", hint=hint)
+
+
+async def observe() -> str | None:
+    """The fingerprint of our table (plan/nft.py), None if there is no table of ours. Raises HostFailed.
+
+    Without nft nothing can have made the table: None too, and the plan's `replace` says what is missing.
+    """
+    done = await asyncio.to_thread(_run, ("-j", "list", "table", *TABLE.split()))
+    if done is None:
+        return None
+    if done.returncode:
+        if _ABSENT in done.stderr:
+            return None
+        raise _refused(f"to list table {TABLE}", done)
+    try:
+        return read_fingerprint(done.stdout)
+    except ValueError as error:
+        raise HostFailed(f"cannot read what nft says of table {TABLE}: {error}") from None
+
+
+async def replace(action: ReplaceRuleset) -> None:
+    """Make the table exactly the action's text, or remove it for an empty one. Raises HostFailed."""
+    done = await asyncio.to_thread(_run, ("-f", "-"), action.text or REMOVE)
+    if done is None:
+        raise HostFailed("nft is not installed", hint="apt-get install nftables")
+    if done.returncode:
+        raise _refused(f"table {TABLE}", done)
+
+
+async def list_ruleset() -> str:
+    """All tables of the host as JSON, for `doctor` (plan/firewall.py reads it). Raises HostFailed."""
+    done = await asyncio.to_thread(_run, ("-j", "list", "ruleset"))
+    if done is None:
+        raise HostFailed("nft is not installed", hint="apt-get install nftables")
+    if done.returncode:
+        raise _refused("to list the ruleset", done)
+    return done.stdout
