@@ -33,6 +33,13 @@ class HostView:
     why: str
     better: int = 0
     reserve_bytes: int = 0
+    psi_full: float = 0.0
+
+    @property
+    def in_crisis(self) -> bool:
+        """CRIT by this very sample, not only by hysteresis: donors have no step limit and no holds."""
+        worse = self.share < c.CRIT_BELOW + c.HYSTERESIS or self.psi_full > c.CRIT_PSI_FULL
+        return self.state is HostState.CRIT and worse
 
     @property
     def is_dire(self) -> bool:
@@ -65,7 +72,7 @@ def judge(previous: HostView | None, host: HostSample, reserve_bytes: int) -> Ho
     why = f"host {state.name}: {share:.1%} of {mib(usable)} left for guests ({mib(spare)})"
     if psi >= c.HARD_PSI_FULL:
         why += f", all tasks stalled on memory {psi:.0%} of the time"
-    return HostView(state, usable, spare, share, why, better, reserve_bytes)
+    return HostView(state, usable, spare, share, why, better, reserve_bytes, psi)
 
 
 def _state(share: float, psi: float, margin: float) -> HostState:

@@ -33,9 +33,16 @@ class GuestModel:
     major_faults: int | None = None
     contradictions: int = 0
 
-    def floor_bytes(self, guaranteed_bytes: int, memory_bytes: int) -> int:
-        """f: what it keeps while others are served, demand plus head-room, between its guarantee and M."""
-        return min(memory_bytes, max(guaranteed_bytes, math.ceil(self.demand_bytes + self.headroom * memory_bytes)))
+    def floor_bytes(self, guaranteed_bytes: int, memory_bytes: int, *, lean: bool = False) -> int:
+        """f: what it keeps while others are served, demand plus head-room, between its guarantee and M.
+
+        `lean` is for a starving neighbour: insurance against the guest's own next peak must not outweigh a need that
+        is there now, so it counts the least head-room and only part of the past peak.
+        """
+        demand, headroom = self.demand_bytes, self.headroom
+        if lean:
+            demand, headroom = self.used_bytes + c.LEAN_DEMAND * (demand - self.used_bytes), c.HEADROOM_MIN
+        return min(memory_bytes, max(guaranteed_bytes, math.ceil(demand + headroom * memory_bytes)))
 
     def wanted_bytes(self, guaranteed_bytes: int, memory_bytes: int) -> int:
         """The size that would end its pressure, foreseeing what it grows until it can be asked again."""

@@ -43,17 +43,12 @@ class Round:
     pot_bytes: int  # delivered by donors
     advice_only: bool = False  # nothing will arrive: grants count on this very tick's takes
 
-    @property
-    def in_crisis(self) -> bool:
-        """CRIT: donors have no step limit."""
-        return self.host.state is HostState.CRIT
-
 
 def decide(state: PolicyState, snapshot: Snapshot, limits: Limits) -> Outlook:
     """One tick. Steps handed to QEMU must be reported back by `state.commit`; advice must not."""
     state, seen = observe(state, snapshot, limits)
     host, now = state.host, snapshot.time_s
-    in_crisis = host is not None and host.state is HostState.CRIT
+    in_crisis = host is not None and host.in_crisis
     dire = host is not None and host.is_dire
     views = tuple(
         view_of(sample, state.guests.get(sample.name, GuestState()), limits, now, in_crisis=in_crisis, dire=dire)
@@ -171,18 +166,19 @@ def _takes(round_: Round) -> Takes:
     Pressed guests come first, in CRIT the host does. The host takes only what it would gain by: memory that a guest
     has never touched is no use to it, but moves as a right to one that needs it.
     """
+    hard = round_.host.state >= HostState.HARD
     donors = [view for view in round_.views if view.may_donate]
-    caps = {view.name: view.take_cap_bytes(slewless=round_.in_crisis) for view in donors}
+    caps = {view.name: view.take_cap_bytes(slewless=round_.host.in_crisis) for view in donors}
     total: dict[str, int] = {}
     for_guests: dict[str, int] = {}
-    if not round_.in_crisis:
-        for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False)
+    if not round_.host.in_crisis:
+        for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False, hard=hard)
         _add(total, for_guests)
-    _add(total, _above_floors(donors, caps, total, _host_need_bytes(round_, c.RECLAIM_AIM), yielding=True))
-    if round_.in_crisis:
-        for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False)
+    _add(total, _above_floors(donors, caps, total, _host_need_bytes(round_, c.RECLAIM_AIM), yielding=True, hard=hard))
+    if round_.host.in_crisis:
+        for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False, hard=hard)
         _add(total, for_guests)
-    if round_.host.state >= HostState.HARD:
+    if hard:
         missing = _host_need_bytes(round_, c.WATER_AIM) - (sum(total.values()) - sum(for_guests.values()))
         _add(total, _water(donors, caps, total, missing))
     return Takes(total, for_guests)
@@ -194,7 +190,7 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
 
 
 def _above_floors(
-    donors: Sequence[GuestView], caps: dict[str, int], taken: dict[str, int], need: int, *, yielding: bool
+    donors: Sequence[GuestView], caps: dict[str, int], taken: dict[str, int], need: int, *, yielding: bool, hard: bool
 ) -> dict[str, int]:
     """Shares of `need` out of what lies above the floors, by spare size, idleness and shares; at least one step."""
     if need <= 0:
@@ -202,8 +198,9 @@ def _above_floors(
     claims = []
     for view in donors:
         mine = taken.get(view.name, 0)
-        spare = view.target_bytes - view.floor_bytes
-        cap = min(spare, caps[view.name], view.yield_bytes if yielding else spare) - mine
+        spare = view.target_bytes - (view.floor_bytes if yielding and not hard else view.lean_floor_bytes)
+        gain = spare if not yielding else 0 if view.held_s else view.yield_bytes
+        cap = min(spare, caps[view.name], gain) - mine
         weight = max(0, spare) / max(1, view.shares) * view.idle_price()
         claims.append(Claim(view.name, weight, cap, 0 if mine else view.least_bytes))
     smallest = min(
@@ -217,7 +214,8 @@ def _water(donors: Sequence[GuestView], caps: dict[str, int], takes: dict[str, i
     able = []
     for view in donors:
         excess = view.target_bytes - takes.get(view.name, 0) - view.guaranteed_bytes
-        cap = min(excess, caps[view.name] - takes.get(view.name, 0), view.yield_bytes - takes.get(view.name, 0))
+        gain = 0 if view.held_s else view.yield_bytes
+        cap = min(excess, min(caps[view.name], gain) - takes.get(view.name, 0))
         able.append(Excess(view.name, excess, max(1, view.shares), cap, view.least_bytes))
     return by_water_level(missing, able)
 

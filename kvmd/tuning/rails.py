@@ -178,8 +178,11 @@ def _veto_take(
         return "ineffective", "its balloon did not obey twice"
     if crisis:
         return None
-    if track.hold_until_s is not None and now_s < track.hold_until_s:
-        return "hold", f"the last take hurt it, held for another {track.hold_until_s - now_s:.0f} s"
+    full_hold = decision.for_guests_bytes == 0  # a starving neighbour waits for the first minute of a hold only
+    if track.hold_until_s is not None:
+        until_s = track.hold_until_s if full_hold else track.hold_until_s - track.hold_s + c.HOLD_MIN_S
+        if now_s < until_s:
+            return "hold", f"the last take hurt it, held for another {until_s - now_s:.0f} s"
     if track.last_give_s is not None and now_s - track.last_give_s < c.REVERSAL_S:
         return "reversal", f"it was given memory {now_s - track.last_give_s:.0f} s ago"
     return None

@@ -51,7 +51,7 @@ class GuestState:
     hold_until_s: float | None = None
     ineffective: int = 0
     barred_until_s: float | None = None
-    fruitless_until_s: float | None = None  # what was taken of it was memory the host had never backed
+    fruitless_rss_bytes: int | None = None  # RSS at which taking from it gave the host nothing: never touched memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,8 @@ def _settle(
     left, gained = sign * (move.to_bytes - actual), sign * (actual - move.start_bytes)
     if left <= c.SETTLE_SLACK_BYTES:
         arrived = Seen(sample.name, True, _seen_text(move, sample, now, host_spare, "reached"))
-        if move.kind is Kind.TAKE and _is_fruitless(move, guest):
-            guest = replace(guest, fruitless_until_s=now + c.FRUITLESS_S)
+        if move.kind is Kind.TAKE:
+            guest = replace(guest, fruitless_rss_bytes=guest.rss_bytes if _is_fruitless(move, guest) else None)
         return replace(guest, move=None, ineffective=0), arrived
     if sign * (actual - move.last_bytes) >= MIB:
         return replace(guest, move=replace(move, last_bytes=actual, progress_s=now)), None
@@ -170,10 +170,11 @@ def _settle(
 
 
 def _is_fruitless(move: Move, guest: GuestState) -> bool:
-    """The host got next to nothing for it: the guest handed over pages it had never touched."""
+    """The host got next to nothing for it: the guest handed over pages it had never touched, and touches no more."""
     if move.rss_bytes is None or guest.rss_bytes is None:
         return False
-    return move.rss_bytes - guest.rss_bytes < c.FRUITLESS_FRACTION * (move.start_bytes - move.to_bytes)
+    gained = move.rss_bytes - guest.rss_bytes
+    return -c.SETTLE_SLACK_BYTES <= gained < c.FRUITLESS_FRACTION * (move.start_bytes - move.to_bytes)
 
 
 def _seen_text(move: Move, sample: GuestSample, now: float, host_spare: int | None, verb: str) -> str:

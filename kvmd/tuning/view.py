@@ -27,10 +27,12 @@ class GuestView:
     yield_bytes: int  # what the host would gain at most: touched and not in use
     demand_bytes: float
     floor_bytes: int
+    lean_floor_bytes: int  # with the least head-room: what it keeps while a neighbour starves
     wanted_bytes: int
     pressed: str | None
     bar: Bar | None
     rest: Bar | None
+    held_s: float  # nothing is taken from it for the host for so long
     move: Move | None
     took_s_ago: float | None
 
@@ -98,27 +100,31 @@ def view_of(
         actual_bytes=actual,
         available_bytes=known.available_bytes if known else None,
         used_bytes=model.used_bytes if model else None,
-        yield_bytes=_yield_bytes(sample, guest, now_s, dire=dire),
+        yield_bytes=_yield_bytes(sample, guest, dire=dire),
         demand_bytes=model.demand_bytes if model else float(actual),
         floor_bytes=model.floor_bytes(guaranteed, memory) if model else memory,
+        lean_floor_bytes=model.floor_bytes(guaranteed, memory, lean=True) if model else memory,
         wanted_bytes=model.wanted_bytes(guaranteed, memory) if model else target,
         pressed=model.pressed if model and trusted else None,
         bar=bar,
         rest=_rest(guest, now_s, in_crisis=in_crisis),
+        held_s=0.0 if in_crisis else max(0.0, (guest.hold_until_s or 0.0) - now_s),
         move=guest.move,
         took_s_ago=now_s - guest.last_take_s if guest.last_take_s is not None else None,
     )
 
 
-def _yield_bytes(sample: GuestSample, guest: GuestState, now_s: float, *, dire: bool) -> int:
+def _yield_bytes(sample: GuestSample, guest: GuestState, *, dire: bool) -> int:
     """What of the guest's memory the host backs without the guest using it; all it can spare where RSS is unknown."""
     model = guest.model
     if model is None:
         return 0
-    if guest.fruitless_until_s is not None and now_s < guest.fruitless_until_s and not dire:
-        return 0
     if sample.rss_bytes is None:
         return model.available_bytes
+    fruitless = guest.fruitless_rss_bytes
+    same = fruitless is not None and abs(sample.rss_bytes - fruitless) < c.dead_band_bytes(sample.facts.memory_bytes)
+    if same and not dire:
+        return 0
     return min(model.available_bytes, max(0, sample.rss_bytes - c.QEMU_OWN_BYTES - model.used_bytes))
 
 
@@ -132,8 +138,8 @@ def _rest(guest: GuestState, now_s: float, *, in_crisis: bool) -> Bar | None:
         return Bar("moving", f"on its way to {mib(guest.move.to_bytes)}")
     if in_crisis:
         return None
-    if guest.hold_until_s is not None and now_s < guest.hold_until_s:
-        return Bar("held", f"the last take hurt it: held for another {guest.hold_until_s - now_s:.0f} s")
+    if guest.hold_until_s is not None and now_s < (until := guest.hold_until_s - guest.hold_s + c.HOLD_MIN_S):
+        return Bar("held", f"the last take hurt it: held for another {until - now_s:.0f} s")
     if guest.last_give_s is not None and now_s - guest.last_give_s < c.REVERSAL_S:
         return Bar("reversal", f"it was given memory {now_s - guest.last_give_s:.0f} s ago: nothing back before 60 s")
     return None

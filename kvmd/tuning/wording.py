@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kvmd.tuning import constants as c
 from kvmd.tuning.decision import Decision, Kind, mib
-from kvmd.tuning.hoststate import HostState, HostView
+from kvmd.tuning.hoststate import HostView
 from kvmd.tuning.view import GuestView
 
 _LISTED = 6
@@ -98,15 +98,16 @@ def take(
 ) -> Decision:
     """A donor: for whom, out of what, and why not more."""
     amount = takes[view.name]
-    slewless = host.state is HostState.CRIT
+    slewless = host.in_crisis
     to_bytes = view.target_bytes - amount
     available = mib(view.available_bytes or 0)
     for_whom = ", ".join(f"{name} wants {mib(want)} more" for name, want in sorted(wants.items())[:_LISTED])
-    if to_bytes >= view.floor_bytes:
-        spare = f"it can spare {mib(view.target_bytes - view.floor_bytes)} above its floor of {mib(view.floor_bytes)}"
+    if to_bytes >= view.lean_floor_bytes:
+        floor = view.lean_floor_bytes if view.name in for_guests or to_bytes < view.floor_bytes else view.floor_bytes
+        spare = f"it can spare {mib(view.target_bytes - floor)} above its floor of {mib(floor)}"
         rule = "transfer" if view.name in for_guests else "reclaim"
     else:
-        spare = f"the host is short: below its floor of {mib(view.floor_bytes)}, toward the guaranteed "
+        spare = f"the host is short: below its floor of {mib(view.lean_floor_bytes)}, toward the guaranteed "
         spare += mib(view.guaranteed_bytes)
         rule = "reclaim-hard"
     for_whom = for_whom if view.name in for_guests else ""
@@ -146,6 +147,10 @@ def _others(view: GuestView, views: Sequence[GuestView], takes: Mapping[str, int
         elif other.bar is not None or other.rest is not None:
             reason = other.bar or other.rest
             lines.append(f"{other.name}: {reason.why if reason else ''}")
+        elif other.held_s:
+            lines.append(
+                f"{other.name}: the last take hurt it, for the host it is held for another {other.held_s:.0f} s"
+            )
         elif other.yield_bytes < other.least_bytes and other.target_bytes - other.floor_bytes >= other.least_bytes:
             lines.append(f"{other.name}: has never touched what it can spare, so the host would gain nothing")
         else:
@@ -163,8 +168,9 @@ def _take_limit(view: GuestView, amount: int, *, slewless: bool) -> str | None:
         return "half of what it says it can spare"
     if not slewless and c.step_max_bytes(view.memory_bytes) - amount < near:
         return f"the step limit of {mib(c.step_max_bytes(view.memory_bytes))}"
-    if abs(view.target_bytes - amount - view.floor_bytes) < near:
-        return f"its floor of {mib(view.floor_bytes)}"
+    for floor in (view.floor_bytes, view.lean_floor_bytes):
+        if abs(view.target_bytes - amount - floor) < near:
+            return f"its floor of {mib(floor)}"
     return None
 
 
