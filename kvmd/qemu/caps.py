@@ -199,8 +199,8 @@ def _parse(replies: Mapping[str, Any]) -> Capabilities:
             f"QEMU {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))}",
             hint="install a newer QEMU, or name one in kvmd.toml: qemu.emulator",
         )
-    machines = replies["query-machines"]
-    schema = {entry["name"]: entry for entry in replies["query-qmp-schema"]}
+    machines = _list(replies, "query-machines")
+    schema = {entry["name"]: entry for entry in _list(replies, "query-qmp-schema")}
     devices = _names(replies, "qom-list-types:device")
     block = _variants(schema, "blockdev-add")
     properties = {
@@ -222,7 +222,7 @@ def _parse(replies: Mapping[str, Any]) -> Capabilities:
             }
         ),
         aliases=MappingProxyType({str(entry["alias"]): str(entry["name"]) for entry in machines if "alias" in entry}),
-        cpu_models=frozenset(str(entry["name"]) for entry in replies["query-cpu-definitions"]),
+        cpu_models=frozenset(str(entry["name"]) for entry in _list(replies, "query-cpu-definitions")),
         cpu_features=frozenset(
             str(entry["name"]) for entry in replies.get("device-list-properties:cpu", ()) if entry["type"] == "bool"
         ),
@@ -238,7 +238,7 @@ def _parse(replies: Mapping[str, Any]) -> Capabilities:
         options=MappingProxyType(
             {
                 str(entry["option"]): frozenset(str(parameter["name"]) for parameter in entry["parameters"])
-                for entry in replies["query-command-line-options"]
+                for entry in _list(replies, "query-command-line-options")
                 if entry["option"]
                 in ("sandbox", "action", "boot-opts", "smp-opts", "memory", "name", "overcommit", "vnc")
             }
@@ -247,8 +247,15 @@ def _parse(replies: Mapping[str, Any]) -> Capabilities:
     )
 
 
+def _list(replies: Mapping[str, Any], key: str) -> list[Any]:
+    found = replies[key]
+    if not isinstance(found, list):
+        raise TypeError(f"{key} is not a list")
+    return found
+
+
 def _names(replies: Mapping[str, Any], key: str) -> frozenset[str]:
-    return frozenset(str(entry["name"]) for entry in replies[key])
+    return frozenset(str(entry["name"]) for entry in _list(replies, key))
 
 
 def _feature_carrier(replies: Mapping[str, Any]) -> str | None:

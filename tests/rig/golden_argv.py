@@ -51,7 +51,8 @@ def launch(name: str, caps: Capabilities, **host: Any) -> Launch:
     """What is built for the golden of that name; `host` replaces single words of HOST."""
     file = guest(name)
     allotted = identity.allot(name, file, None, caps, UUID)
-    return argv.build(name, file, allotted, caps, **({"accel": "tcg", "run_dir": RUN_DIR} | HOST.get(name, {}) | host))
+    words: dict[str, Any] = {"accel": "tcg", "run_dir": RUN_DIR, **HOST.get(name, {}), **host}
+    return argv.build(name, file, allotted, caps, **words)
 
 
 def text(built: Launch) -> str:

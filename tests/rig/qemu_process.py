@@ -54,8 +54,7 @@ class RealQemu:
                 listener.listen(1)
                 return listener.detach()
             case OpenLog(purpose=purpose):
-                path = self.directory / f"{purpose}.log"
-                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                return os.open(self.directory / f"{purpose}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             case Memfd(path=path, purpose=purpose):
                 fd = os.memfd_create(purpose)
                 os.write(fd, Path(path).read_bytes())

@@ -1,4 +1,4 @@
-"""Each golden command line, started with -S by the real QEMU under a guest's uid, and asked over QMP what it really has."""
+"""Each golden command line, started with -S by the real QEMU under a guest's uid, and asked what it really has."""
 
 from __future__ import annotations
 
