@@ -119,7 +119,8 @@ def near(kind: FileKind, path: KeyPath) -> str | None:
         return ".".join((*path[:-1], close[0]))
     if same:
         return same[0]
-    close = difflib.get_close_matches(".".join(wanted), rows, n=1, cutoff=0.75)
+    elsewhere = [row for row in rows if not row.startswith(".".join((*table, "")))]
+    close = difflib.get_close_matches(".".join(wanted), elsewhere, n=1, cutoff=0.75)
     return close[0] if close else None
 
 
@@ -199,7 +200,8 @@ def _named(annotation: Any) -> tuple[str, str]:
     if origin is tuple:
         name, example = _named(args[0])
         name = f"({name})" if " | " in name else name
-        many = f"list of {name}" if Ellipsis in args else f"list of {len(args)} {name}"
+        several = name if name.startswith("(") or " or " in name else f"{name}{'es' if name.endswith('s') else 's'}"
+        many = f"list of {several}" if Ellipsis in args else f"list of {len(args)} {several}"
         return many, f"[{example}]"
     if origin is Mapping:
         name, example = _named(args[1])

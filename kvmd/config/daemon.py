@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from kvmd.config.key import Table, key, later, table
 from kvmd.config.scalars import (
     AutoCount,
@@ -120,7 +118,7 @@ class RpcLimits(Table):
 class Daemon(Table):
     """A whole file."""
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[1] = key(1, "Version of the keys; absent: 1.", alias="schema")
     access: Access = table(Access)
     storage: Storage = table(Storage)
     apply: Apply = table(Apply)

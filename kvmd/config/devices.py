@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from kvmd.config.key import Table, key, later
+from pydantic import BeforeValidator
+
+from kvmd.config.key import Table, key, later, not_yet, quote
 from kvmd.config.scalars import (
     DiskSerial,
     GuestName,
@@ -19,6 +21,13 @@ from kvmd.config.scalars import (
 
 _BLOCK_FORMATS_LATER = ("vmdk", "vdi", "vhdx", "vpc", "qed", "luks")
 _INTERFACES_LATER = ("scsi", "ide", "sata", "nvme", "usb", "floppy", "sd", "mtd", "pflash")
+
+
+def _unix_only(value: object) -> object:
+    """Any address is a later capability, not a wrong value."""
+    if isinstance(value, str) and value != "unix":
+        raise not_yet(quote(value))
+    return value
 
 
 class DiskEncryption(Table):
@@ -183,12 +192,12 @@ class Display(Table):
     """[display]"""
 
     type: Literal["none", "vnc"] = key("none", "Graphical console.", mark="!", classic="-vnc", later_values=("spice",))
-    listen: Literal["unix"] = key(
+    listen: Annotated[Literal["unix"], BeforeValidator(_unix_only)] = key(
         "unix",
         "Where it listens: a socket in the guest's run directory.",
         mark="!",
         classic="-vnc",
-        later_values=("127.0.0.1", "0.0.0.0", "::", "::1", "localhost"),
+        later_values=("ADDRESS:DISPLAY",),
     )
     password_file: None = later("absolute path", "Password, never on a command line.", mark="~")
     tls: None = later("table", "Certificates.", mark="!")

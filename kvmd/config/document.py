@@ -13,6 +13,7 @@ from kvmd.config.faults import Complaint, present
 from kvmd.config.files import shown
 from kvmd.config.lines import KeyPath, TooDeep, check_depth, dotted, line_map
 
+_TUPLE = re.compile(r"\((?:'[^']*',? ?)+\)")  # how tomllib writes a key
 _WHERE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
@@ -80,7 +81,8 @@ def _syntax(file: str, text: str, message: str) -> Fault:
         return Fault(shown(file), None, None, f"not TOML: {short}")
     line = int(place[1]) if place[1] else text.count("\n", 0, len(text.rstrip("\n"))) + 1
     column = f" (column {place[2]})" if place[2] else " (end of the file)"
-    return Fault(shown(file), line, None, f"not TOML: {message[: place.start()]}{column}")
+    plain = _TUPLE.sub(lambda found: dotted(tuple(re.findall("'([^']*)'", found[0]))), message[: place.start()])
+    return Fault(shown(file), line, None, f"not TOML: {plain}{column}")
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def _complaint(kind: FileKind, detail: ErrorDetails, *, suggest: bool) -> Compla
         return Complaint(_strings(loc[:-1]), _own_words(detail))
     path = _strings(loc)
     info = keys_of(kind).get(".".join(generic(kind, path)))
+    if info is None and len(path) > 1:  # an entry of a table without a model, such as cpu.features
+        info = keys_of(kind).get(".".join(generic(kind, path[:-1])))
     match detail["type"]:
         case "extra_forbidden":
             meant = near(kind, path) if suggest else None
@@ -80,7 +82,7 @@ def _missing(kind: FileKind, path: KeyPath, info: KeyInfo | None) -> Complaint:
 def _later(path: KeyPath, info: KeyInfo | None, what: str) -> Complaint:
     if not what:
         return Complaint(path, "not supported yet")
-    now = f"supported: {info.type}" if info is not None and " | " in info.type else None
+    now = f"supported: {info.type.replace(' | ', ', ')}" if info is not None and info.type.startswith('"') else None
     return Complaint(path, f"{what} is not supported yet", now)
 
 
@@ -90,7 +92,7 @@ def _message(kind: FileKind, path: KeyPath, info: KeyInfo | None, detail: ErrorD
         case "value_error":
             return _own_words(detail)
         case "literal_error" if isinstance(given, str) or (info is not None and " | " not in info.type):
-            return f"{_shown(given)} is not {_choice(info)}"
+            return _not_among(_shown(given), info)
         case "greater_than_equal" | "less_than_equal":
             bound = f"at least {context['ge']}" if "ge" in context else f"at most {context['le']}"
             return f"{_shown(given)} is out of range: {bound}"
@@ -101,7 +103,15 @@ def _message(kind: FileKind, path: KeyPath, info: KeyInfo | None, detail: ErrorD
         case _ if info is None:
             return f"wants something else than {described(given)}"
         case _:
-            return f"wants {_wanted(info)}, for example {info.example}; this is {described(given)}"
+            return f"wants {_wanted(info)}, for example {info.example}; {_given(detail)}"
+
+
+def _given(detail: ErrorDetails) -> str:
+    """What was found instead, and where in a list."""
+    given, place = detail["input"], detail["loc"][-1]
+    if isinstance(given, list | tuple):
+        return f"this list has {len(given)}" if detail["type"] in ("missing", "too_long") else "this is a list"
+    return f"item {place + 1} is {described(given)}" if isinstance(place, int) else f"this is {described(given)}"
 
 
 def _table_header(kind: FileKind, path: KeyPath) -> KeyPath:
@@ -119,12 +129,15 @@ def _table_header(kind: FileKind, path: KeyPath) -> KeyPath:
     return (*path, "NAME") if by_name else path
 
 
-def _choice(info: KeyInfo | None) -> str:
-    options = info.type.split(" | ") if info is not None else []
-    single = f"the only value there is, {options[0]}" if len(options) == 1 else ""
-    if info is not None and info.type.startswith("list of ("):
-        options = info.type.removeprefix("list of (").removesuffix(")").split(" | ")
-    return single or f"one of {', '.join(options)}"
+def _options(info: KeyInfo | None) -> list[str]:
+    return info.type.removeprefix("list of (").removesuffix(")").split(" | ") if info is not None else []
+
+
+def _not_among(given: str, info: KeyInfo | None) -> str:
+    options = _options(info)
+    if len(options) == 1:
+        return f"{given} is not supported; the only value is {options[0]}"
+    return f"{given} is not one of {', '.join(options)}"
 
 
 def _wanted(info: KeyInfo) -> str:
@@ -135,6 +148,8 @@ def _wanted(info: KeyInfo) -> str:
             return "true or false, without quotes"
         case "text":
             return "text in quotes"
+        case "table of boolean":
+            return "a table of names with true or false"
         case choice if choice.startswith('"') and " | " in choice:
             return f"one of {choice.replace(' | ', ', ')}"
         case other if other.startswith("list"):
@@ -151,7 +166,7 @@ def _hint(info: KeyInfo | None, detail: ErrorDetails) -> str | None:
     given = detail["input"]
     if info is None or detail["type"] != "literal_error" or not isinstance(given, str):
         return None
-    options = [option.strip('"') for option in info.type.removeprefix("list of (").removesuffix(")").split(" | ")]
+    options = [option.strip('"') for option in _options(info)]
     close = difflib.get_close_matches(given[:60].lower(), options, n=1)
     return f'did you mean "{close[0]}"?' if close else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from kvmd.config.devices import (
     Agent,
@@ -352,7 +352,7 @@ class Limits(Table):
 class Guest(Table):
     """A whole file."""
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[1] = key(1, "Version of the keys; absent: 1.", alias="schema")
     guest: About = table(About)
     machine: Machine = table(Machine)
     qemu: Qemu = table(Qemu)

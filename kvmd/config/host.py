@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, PlainValidator
 
 from kvmd.config.key import Kind, Table, key, later, named_tables, optional_table, quote, table
 from kvmd.config.scalars import (
@@ -208,7 +208,7 @@ class CpuModel(Table):
 class Host(Table):
     """A whole file."""
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[1] = key(1, "Version of the keys; absent: 1.", alias="schema")
     cpu: HostCpu = table(HostCpu)
     memory: HostMemory = table(HostMemory)
     hugepages: Mapping[PageSize, HugepagePoolConfig] = named_tables("A pool of pages of one size.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field
-
 from kvmd.config.key import Table, key, later, named_tables, optional_table, table
 from kvmd.config.scalars import (
     AutoInterface,
@@ -120,7 +118,7 @@ class Firewall(Table):
 class Network(Table):
     """A whole file."""
 
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[1] = key(1, "Version of the keys; absent: 1.", alias="schema")
     network: About
     uplink: Uplink | None = optional_table("NIC in the bridge.")
     ipv4: Ipv4Config | None = optional_table("IPv4 on the bridge; absent: none.")

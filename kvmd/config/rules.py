@@ -42,10 +42,10 @@ def guest_rules(guest: Guest) -> Iterator[Complaint]:
 def _cpu(guest: Guest) -> Iterator[Complaint]:
     cpu, shape = guest.cpu, guest.cpu.topology
     product = shape.sockets * shape.dies * shape.cores * shape.threads
-    counted = f"{shape.sockets} sockets x {shape.dies} dies x {shape.cores} cores x {shape.threads} threads = {product}"
+    counted = f"sockets {shape.sockets} x dies {shape.dies} x cores {shape.cores} x threads {shape.threads} = {product}"
     if cpu.cores is None and cpu.vcpus % (shape.sockets * shape.dies * shape.threads):
-        rest = f"{shape.sockets} sockets x {shape.dies} dies x {shape.threads} threads"
-        yield Complaint(("cpu", "vcpus"), f"{cpu.vcpus} vCPUs cannot be divided into {rest}")
+        rest = f"sockets {shape.sockets} x dies {shape.dies} x threads {shape.threads}"
+        yield Complaint(("cpu", "vcpus"), f"{cpu.vcpus} vCPUs cannot be divided by {rest}")
     elif product != cpu.vcpus:
         yield Complaint(("cpu", "vcpus"), f"{counted}, but cpu.vcpus = {cpu.vcpus}")
     if cpu.placement == "manual" and cpu.pin is None:

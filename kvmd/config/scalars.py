@@ -130,7 +130,7 @@ def _number(value: object) -> float:
 def _uuid(value: object) -> str:
     text = _text(value, "a UUID", '"6f0d2c6e-9a0f-4a57-8a0c-3b3f7b6f7a11"')
     if not re.fullmatch(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
-        raise ValueError(f'{quote(text)} is not a UUID: write for example "{uuid.UUID(int=0x6F0D2C6E9A0F4A578A0C)}"')
+        raise ValueError(f'{quote(text)} is not a UUID: write for example "6f0d2c6e-9a0f-4a57-8a0c-3b3f7b6f7a11"')
     if uuid.UUID(text).int == 0:
         raise ValueError("the all-zero UUID identifies nothing; leave the key out and one is made")
     return text.lower()
