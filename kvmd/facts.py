@@ -134,6 +134,7 @@ class GuestLife:
     wanted: bool  # running is what was last asked for, or what boot gives it
     held: str | None = None  # why kvmd keeps its hands off: a hold, a crash budget used up
     pending: tuple[str, ...] = ()  # changed keys that need a new QEMU
+    settling: bool = False  # a start or stop is under way: nothing is planned for it now
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ def stop(run_dir: str, name: str) -> None:
                 continue
             buffer = buffer[end:]
             if "return" in message or "error" in message:
-                return message
+                return dict(message)
 
     try:
         monitor.connect(f"/proc/self/fd/{here}/rescue.sock")

@@ -16,43 +16,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvmd.effects.proc import observe_process, observe_threads
+from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed
 from kvmd.facts import Process
 from kvmd.units import CpuSet
 
 LAST_WORDS_BYTES = 4096
+_TREE = Tree()
 LAUNCHER = Path(__file__).parent.parent / "launch.py"
-
-
-def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of `pid` (proc(5), field 22 of stat), None when there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
-
-
-def command_line(pid: int) -> tuple[str, ...]:
-    """argv of a process, empty when it is gone."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return ()
-    return tuple(part.decode("utf-8", "surrogateescape") for part in raw.split(b"\0")[:-1])
-
-
-def find_by_uuid(uuid: str) -> Process | None:
-    """The QEMU that was given this `-uuid`, if one runs."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        argv = command_line(int(entry.name))
-        if len(argv) > 2 and "-uuid" in argv and argv[argv.index("-uuid") + 1 : argv.index("-uuid") + 2] == (uuid,):
-            started = start_time(int(entry.name))
-            if started is not None:
-                return Process(int(entry.name), started)
-    return None
 
 
 def pids_of_uid(uid: int) -> tuple[int, ...]:
@@ -83,7 +55,7 @@ class Watched:
             pidfd = os.pidfd_open(process.pid)
         except OSError:
             return None
-        if start_time(process.pid) != process.start_time:
+        if observe_process(_TREE, process.pid) != process:
             os.close(pidfd)
             return None
         return cls(process, pidfd)
@@ -103,6 +75,11 @@ class Watched:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        return self.exited.done()
 
     def close(self) -> None:
         """Stop watching. The process goes on."""
@@ -131,19 +108,11 @@ def spawn_launcher(run_dir: Path, guest: str, output_fd: int) -> Process:
         )
     except OSError as error:
         raise HostFailed(f"guest {guest}: cannot start the launcher: {error}") from None
-    started = start_time(child.pid)
     child.returncode = 0  # the pidfd reaps it; Popen must not
-    if started is None:
+    process = observe_process(_TREE, child.pid)
+    if process is None:
         raise HostFailed(f"guest {guest}: the launcher ended at once")
-    return Process(child.pid, started)
-
-
-def threads(pid: int) -> tuple[int, ...]:
-    """Thread ids of a process, sorted; empty when it is gone."""
-    try:
-        return tuple(sorted(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()))
-    except OSError:
-        return ()
+    return process
 
 
 def affinity(tid: int) -> CpuSet:
@@ -159,7 +128,7 @@ def pin(guest: str, pid: int, vcpu_tids: Iterable[int], vcpus: Iterable[CpuSet],
 
     Threads that QEMU makes later inherit the mask of the main thread, which is `emulator`. Raises HostFailed.
     """
-    wanted = dict.fromkeys(threads(pid), emulator) | dict(zip(vcpu_tids, vcpus, strict=True))
+    wanted = dict.fromkeys(observe_threads(_TREE, pid), emulator) | dict(zip(vcpu_tids, vcpus, strict=True))
     for tid, cpus in wanted.items():
         try:
             os.sched_setaffinity(tid, cpus)

@@ -65,7 +65,7 @@ class Monitor:
         self._guest = guest
         self._on_lost = on_lost
         self._client = QMPClient(guest)
-        self._client.remove_listener(self._client.events)
+        self._client.events.event_filter = lambda _event: False  # it would keep every event for ever
         self._client.register_listener(_Tap(on_event))
         self._watch: asyncio.Task[None] | None = None
 
@@ -74,15 +74,15 @@ class Monitor:
         """Whether commands can be sent now."""
         return self._client.runstate is Runstate.RUNNING
 
-    async def connect(self, path: Path) -> None:
+    async def connect(self, path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> None:
         """Open the session. Raises Unreachable (nobody listens, or another client holds the monitor)."""
         try:
-            async with asyncio.timeout(GREETING_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await self._client.connect(connect_unix(path))
         except TimeoutError:
             await self._drop()
             raise Unreachable(
-                f"guest {self._guest}: no QMP greeting on {path} within {GREETING_TIMEOUT_S:g} s",
+                f"guest {self._guest}: no QMP greeting on {path} within {timeout_s:g} s",
                 hint="QEMU hangs, or another program holds this monitor; use rescue.sock beside it for your own",
             ) from None
         except (OSError, QMPError) as error:
@@ -116,6 +116,12 @@ class Monitor:
                 await self._watch
             self._watch = None
         await self._drop()
+
+    def abandon(self) -> None:
+        """Forget the session at once, for this process ends."""
+        if self._watch:
+            self._watch.cancel()
+            self._watch = None
 
     async def _watch_session(self) -> None:
         while self._client.runstate is Runstate.RUNNING:

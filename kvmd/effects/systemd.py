@@ -14,13 +14,14 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from systemd import daemon, journal
+from systemd.daemon import listen_fds_with_names
+from systemd.daemon import notify as sd_notify
+from systemd.journal import JournalHandler
 
 from kvmd.effects.files import write_atomic
 from kvmd.errors import HostFailed, TimedOut
 
 SYSTEMCTL_TIMEOUT_S = 20.0
-LISTEN_FDS_START = 3  # sd_listen_fds(3)
 
 
 def supervised() -> bool:
@@ -39,7 +40,7 @@ def guest_unit(name: str) -> str:
 
 def notify(*assignments: str) -> None:
     """sd_notify(3): "READY=1", "WATCHDOG=1", "STOPPING=1", "STATUS=…". No-op without systemd."""
-    daemon.notify("\n".join(assignments))
+    sd_notify("\n".join(assignments))
 
 
 def watchdog_interval_s() -> float | None:
@@ -50,13 +51,10 @@ def watchdog_interval_s() -> float | None:
 
 def passed_sockets() -> Mapping[str, socket.socket]:
     """Listening sockets from kvmd.socket by FileDescriptorName ("kvmd.sock", "launch.sock")."""
-    count = daemon.listen_fds(True)
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     found = {}
-    for offset in range(count):
-        fd = LISTEN_FDS_START + offset
+    for fd, name in listen_fds_with_names().items():
         os.set_inheritable(fd, False)
-        found[names[offset] if offset < len(names) else str(fd)] = socket.socket(fileno=fd)
+        found[name] = socket.socket(fileno=fd)
     return found
 
 
@@ -64,7 +62,8 @@ def log_handler() -> logging.Handler:
     """The journal under systemd (with KVMD_GUEST= and friends from `extra`), stderr elsewhere."""
     if os.environ.get("JOURNAL_STREAM"):
         with contextlib.suppress(OSError):
-            return journal.JournalHandler(SYSLOG_IDENTIFIER="kvmd")
+            to_journal: logging.Handler = JournalHandler(SYSLOG_IDENTIFIER="kvmd")
+            return to_journal
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

@@ -13,7 +13,7 @@ from kvmd.errors import HostFailed
 from kvmd.units import CpuSet
 
 _BLANK = " \t\r\n\0"  # node cpulist of 5.15 and 5.16 ends in a NUL
-MAX_BYTES = 4 << 20  # /proc/vmallocinfo and its like are never read; meminfo of a big host is a few KiB
+MAX_BYTES = 1 << 20  # meminfo of a big host is a few KiB; /proc/sys answers a read of 4 MiB with ENOMEM (proc_sysctl.c)
 
 
 class Tree:

@@ -32,10 +32,14 @@ def plan_guests(
     guests: Mapping[str, Guest], lives: Iterable[GuestLife], blocked: frozenset[str], *, prune: bool
 ) -> tuple[Action, ...]:
     """Starts in start order, then restarts, then stops; `blocked` guests have a problem and are left alone."""
-    known = {life.name: life for life in lives}
+    lives = tuple(lives)
+    known = {life.name: life for life in lives if not life.settling}
+    settling = {life.name for life in lives if life.settling}
     starts: list[Action] = []
     restarts: list[Action] = []
     for name in start_order(guests):
+        if name in settling:
+            continue
         life = known.get(name, GuestLife(name, alive=False, wanted=False))
         if not life.alive and life.wanted and not life.held and name not in blocked:
             starts.append(StartGuest(guest=name, why="it is wanted running"))

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import BaseModel
+
 from kvmd import __version__
 from kvmd.actions import AnyAction, Disruption, Outcome, Problem
 from kvmd.config.desired import Fault
@@ -21,7 +23,7 @@ from kvmd.manager import Manager, Report, pending_changes
 from kvmd.plan.network import tap_name
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
-from kvmd.rpc.registry import Call, NoParams, Registry
+from kvmd.rpc.registry import Call, Handler, NoParams, Registry
 from kvmd.tuning.agent import Agent
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
@@ -38,7 +40,7 @@ class Methods:
 
     def add_to(self, registry: Registry) -> None:
         """Register all of them."""
-        for name, role, params, result, handler in (
+        table: tuple[tuple[str, str, type[BaseModel], type[BaseModel], Handler[Any]], ...] = (
             ("guest.list", "viewer", NoParams, results.GuestList, self.guest_list),
             ("guest.show", "viewer", results.GuestParams, results.GuestDetail, self.guest_show),
             ("guest.start", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_start),
@@ -56,8 +58,9 @@ class Methods:
             ("daemon.status", "viewer", NoParams, results.DaemonStatus, self.daemon_status),
             ("daemon.version", "viewer", NoParams, results.DaemonVersion, self.daemon_version),
             ("daemon.ping", "viewer", NoParams, results.Pong, self.daemon_ping),
-        ):
-            registry.method(name, role=role, params=params, result=result)(handler)  # type: ignore[type-var]
+        )
+        for name, role, params, result, handler in table:
+            registry.method(name, role=role, params=params, result=result)(handler)
 
     # ---- guests -------------------------------------------------------------------------------------------------
 
@@ -169,7 +172,7 @@ class Methods:
 
     async def host_plan(self, _params: NoParams, _call: Call) -> results.Plan:
         """What apply would do now, with the reason of each action and whom it disturbs"""
-        loaded = self._manager.load()
+        loaded = await self._manager.refresh()
         plan = await self._manager.plan()
         return results.Plan(
             actions=tuple(_action(action) for action in plan.actions),

@@ -1,0 +1,234 @@
+"""kvmd itself: builds its objects from the bottom to the top, runs them in one task group, and goes.
+
+Stopping is the same as crashing: SIGTERM ends this process within a second and touches no guest; the next start
+adopts what runs. READY=1 is sent once the host is prepared, WATCHDOG=1 as long as the event loop turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvmd import __version__
+from kvmd.effects import files, systemd
+from kvmd.effects.apply import HostApplier
+from kvmd.effects.dnsmasq import Dnsmasqs
+from kvmd.effects.handover import Asking, HandoverServer, listen_private
+from kvmd.effects.history import History
+from kvmd.effects.netlink import Netlink
+from kvmd.effects.store import Store
+from kvmd.effects.sysfs import HostTree
+from kvmd.errors import Conflict, KvmdError
+from kvmd.guest.services import Services
+from kvmd.manager import Manager
+from kvmd.paths import CONFIG_DIR, RUN_DIR, STATE_DIR, Paths
+from kvmd.rpc.auth import resolve
+from kvmd.rpc.builtin import add_builtin
+from kvmd.rpc.connection import ServerLimits
+from kvmd.rpc.events import EventHub
+from kvmd.rpc.listen import listen_unix
+from kvmd.rpc.methods import Methods
+from kvmd.rpc.peers import find_group, find_user
+from kvmd.rpc.protocol import Limits
+from kvmd.rpc.registry import Registry
+from kvmd.rpc.server import Server
+from kvmd.tuning.agent import Agent
+from kvmd.tuning.wiring import GuestMemory
+
+_log = logging.getLogger(__name__)
+FLUSH_S = 0.5  # history is telemetry: half a second of it may be lost with the power
+PRUNE_S = 600.0
+
+
+class Daemon:
+    """All objects of one kvmd and their life."""
+
+    def __init__(self, paths: Paths, supervisor: str) -> None:
+        self._paths = paths
+        self._supervisor = supervisor
+        self._started_at = Services.now()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT. KvmdError when it cannot even begin (another kvmd, state of a newer version)."""
+        paths = self._paths
+        os.umask(0o077)
+        for directory, mode in paths.directories:
+            files.ensure_dir(directory, mode)
+        passed = systemd.passed_sockets()
+        with contextlib.ExitStack() as stack:
+            api = passed.get("kvmd.sock") or stack.enter_context(contextlib.closing(listen_unix(paths.api_socket))).sock
+            launch = passed.get("launch.sock") or listen_private(paths.launch_socket)
+            store = stack.enter_context(contextlib.closing(Store(paths.state)))
+            history = stack.enter_context(contextlib.closing(History(paths.state, now=Services.now())))
+            await self._serve(api, launch, store, history)
+
+    async def _serve(self, api: socket.socket, launch: socket.socket, store: Store, history: History) -> None:
+        stopping = asyncio.Event()
+        reloading = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, reloading.set)
+        async with Netlink() as netlink, asyncio.TaskGroup() as group:
+            tree = HostTree()
+            hub = EventHub(
+                lambda cursor, limit: history.events_since(cursor, limit=limit),
+                cursor=history.cursor,
+                oldest=history.oldest_cursor,
+            )
+
+            def publish(kind: str, guest: str | None, actor: str | None, data: Mapping[str, Any]) -> None:
+                text = json.dumps(data, default=str)
+                hub.publish(history.append(time=Services.now(), type=kind, guest=guest, actor=actor, data=text))
+
+            services = Services(
+                paths=self._paths,
+                store=store,
+                tree=tree,
+                netlink=netlink,
+                units=systemd.Units() if self._with_units() else None,
+                publish=publish,
+            )
+            dnsmasqs = Dnsmasqs(self._paths.run, self._paths.state)
+            applier = HostApplier(tree, netlink, dnsmasqs, store)
+            manager = Manager(services, applier, dnsmasqs, lambda work, name: group.create_task(work, name=name))
+            manager.load()
+            memory = GuestMemory(manager, history)
+            agent = Agent(memory, memory, memory, memory.config)
+            registry = Registry()
+            add_builtin(registry, hub, version=__version__)
+            Methods(manager, agent, started_at=self._started_at).add_to(registry)
+            server = Server(registry, _access(manager), limits=_limits(manager))
+
+            async def on_asking(asking: Asking) -> None:
+                await manager.supervisor(asking.name).asked(asking)
+
+            await manager.recover()
+            tasks = [
+                group.create_task(HandoverServer(launch, on_asking).run(), name="handover"),
+                group.create_task(server.serve(api), name="rpc"),
+                group.create_task(self._keep_history(manager, history), name="history"),
+                group.create_task(_watchdog(), name="watchdog"),
+            ]
+            await _reconcile(manager, "boot")
+            systemd.notify("READY=1", f"STATUS={len(manager.supervisors)} guests")
+            _log.info("kvmd %s is ready", __version__)
+            tasks.append(group.create_task(agent.run(), name="tuning"))
+            tasks.append(group.create_task(_reload(reloading, manager, server), name="reload"))
+            await stopping.wait()
+            systemd.notify("STOPPING=1")
+            manager.let_go()
+            for task in tasks:
+                task.cancel()
+
+    def _with_units(self) -> bool:
+        if self._supervisor == "auto":
+            return systemd.supervised()
+        return self._supervisor == "systemd"
+
+    async def _keep_history(self, manager: Manager, history: History) -> None:
+        """Write what is buffered; drop what is too old or too much."""
+        loop = asyncio.get_running_loop()
+        next_prune = loop.time()
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            history.flush()
+            if loop.time() >= next_prune:
+                next_prune = loop.time() + PRUNE_S
+                wish = manager.services.loaded.desired.daemon.history
+                history.prune(Services.now(), wish.events, wish.max_size)
+
+
+async def _reconcile(manager: Manager, actor: str) -> None:
+    """A pass whose failure must not stop kvmd: guests and the API go on."""
+    try:
+        report = await manager.reconcile(actor)
+    except KvmdError as error:
+        _log.error("reconcile: %s", error)
+        return
+    for problem in report.plan.problems:
+        _log.warning("%s: %s", problem.subject, problem.message)
+
+
+async def _reload(reloading: asyncio.Event, manager: Manager, server: Server) -> None:
+    """SIGHUP: read the files again and reconcile."""
+    while True:
+        await reloading.wait()
+        reloading.clear()
+        await _reconcile(manager, "reload")
+        server.set_access(_access(manager))
+
+
+async def _watchdog() -> None:
+    """Tell systemd that the loop turns."""
+    interval = systemd.watchdog_interval_s()
+    while interval:
+        systemd.notify("WATCHDOG=1")
+        await asyncio.sleep(interval)
+
+
+def _access(manager: Manager) -> Any:
+    wish = manager.services.loaded.desired.daemon.access
+    access, unknown = resolve(
+        admins=wish.admins,
+        operators=wish.operators,
+        viewers=wish.viewers,
+        find_user=find_user,
+        find_group=find_group,
+    )
+    if unknown:
+        _log.warning("kvmd.toml: access: nobody is called %s on this host", ", ".join(unknown))
+    return access
+
+
+def _limits(manager: Manager) -> ServerLimits:
+    wish = manager.services.loaded.desired.daemon.limits
+    return ServerLimits(
+        connections=wish.connections, in_flight=wish.in_flight, peer=Limits(request_bytes=int(wish.request_size))
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `kvmd`."""
+    arguments = argparse.ArgumentParser(prog="kvmd", description="One Linux KVM host and its guests.")
+    arguments.add_argument("--config-dir", type=Path, default=CONFIG_DIR)
+    arguments.add_argument("--state-dir", type=Path, default=STATE_DIR)
+    arguments.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    arguments.add_argument("--log-dir", type=Path, default=None, help="default: /var/log/kvmd, or STATE_DIR/log")
+    arguments.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    arguments.add_argument("--version", action="version", version=f"kvmd {__version__}")
+    return arguments
+
+
+def main() -> int:
+    """Run the daemon in the foreground. Exit codes as `kvmd-cli`."""
+    from kvmd.config.load import load
+
+    options = parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, handlers=[systemd.log_handler()])
+    logging.getLogger("kvmd").setLevel(options.log_level.upper())
+    paths = Paths.of(options.config_dir, options.state_dir, options.run_dir, options.log_dir)
+    wish = load(paths.config, last_good_dir=paths.last_good).desired.daemon.qemu.supervisor
+    try:
+        asyncio.run(Daemon(paths, wish).run())
+    except Conflict as error:
+        print(f"kvmd: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except KvmdError as error:
+        _log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Carries host actions out, one at a time: the original is in the journal before the effect, always.
+
+Guest actions are the supervisors' business. Nothing here decides; an action that fails raises a KvmdError and the
+caller goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import assert_never
+
+from kvmd.actions import (
+    EnsureBridge,
+    HostAction,
+    RemoveBridge,
+    ReplaceRuleset,
+    SetHugepages,
+    StartDnsmasq,
+    StopDnsmasq,
+    WriteKnob,
+)
+from kvmd.effects import nft, records
+from kvmd.effects.dnsmasq import Dnsmasqs
+from kvmd.effects.netlink import Netlink
+from kvmd.effects.store import Store
+from kvmd.effects.sysfs import HostTree
+
+RULESET = "inet kvmd"
+ABSENT = ""  # the original of something that was not there
+
+
+class HostApplier:
+    """The only writer of host state."""
+
+    def __init__(self, tree: HostTree, netlink: Netlink, dnsmasqs: Dnsmasqs, store: Store) -> None:
+        self._tree = tree
+        self._netlink = netlink
+        self._dnsmasqs = dnsmasqs
+        self._store = store
+        self._boot_id = tree.boot_id()
+
+    async def apply(self, action: HostAction) -> None:
+        """Do one action and verify it. KvmdError says what the kernel or tool refused."""
+        match action:
+            case WriteKnob():
+                self._journal(records.knob_key(action.path), action.old, action.new, action.why)
+                await asyncio.to_thread(self._tree.write_knob, action.path, action.new)
+            case SetHugepages():
+                key = records.hugepages_key(action.node, action.page_bytes)
+                self._journal(key, str(action.old), str(action.new), action.why)
+                await asyncio.to_thread(self._tree.set_hugepages, action.node, action.page_bytes, action.new)
+            case EnsureBridge():
+                if action.change == "create":
+                    self._journal(records.bridge_key(action.bridge), ABSENT, action.network, action.why)
+                await self._netlink.ensure_bridge(action)
+            case RemoveBridge():
+                await self._netlink.remove_bridge(action)
+                self._store.forget(records.bridge_key(action.bridge))
+            case ReplaceRuleset():
+                self._journal(records.ruleset_key(RULESET), ABSENT, action.change, action.why)
+                await nft.replace(action)
+                if not action.text:
+                    self._store.forget(records.ruleset_key(RULESET))
+            case StartDnsmasq():
+                self._journal(records.dnsmasq_key(action.network), ABSENT, action.network, action.why)
+                await self._dnsmasqs.start(action)
+            case StopDnsmasq():
+                await self._dnsmasqs.stop(action)
+                self._store.forget(records.dnsmasq_key(action.network))
+            case _:
+                assert_never(action)
+
+    def _journal(self, key: str, original: str, new: str, why: str) -> None:
+        self._store.journal(key, original, new, self._boot_id, why)

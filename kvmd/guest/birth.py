@@ -1,0 +1,137 @@
+"""How a QEMU comes to be: intent, descriptors, launcher, hand-over. Ends with a process that is on record.
+
+Order matters, since kvmd may be killed between any two steps: the intent is on disk before the first effect; the
+process is on record before it can become QEMU; what is opened here lives in descriptors only, so a kvmd that dies
+leaves nothing behind. The launcher starts first and the descriptors are opened while its interpreter loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+
+from kvmd.config.guest import Guest
+from kvmd.effects.handover import Asking, Spec
+from kvmd.effects.process import Watched, spawn_launcher
+from kvmd.effects.records import GuestRun
+from kvmd.errors import Conflict, HostFailed, TimedOut
+from kvmd.guest.services import Services
+from kvmd.qemu.fds import Launch
+
+LAUNCHER_TIMEOUT_S = 30.0  # a loaded machine boots twenty guests; systemd itself may be busy
+GREETING_BASE_S = 10.0
+PREALLOC_S_PER_GIB = 4.0  # touching pages on a slow node, with compaction
+
+
+@dataclass(eq=False)
+class Birth:
+    """One attempt to start one guest."""
+
+    services: Services
+    name: str
+    _asking: asyncio.Future[Asking] | None = None
+    _spawned: Watched | None = None
+    _aborted: bool = False
+    greeting_timeout_s: float = GREETING_BASE_S
+
+    def accept(self, asking: Asking) -> bool:
+        """Take a launcher that is provably this birth's; False leaves it to be refused."""
+        if self._asking is None or self._asking.done():
+            return False
+        if self._spawned:
+            ours = asking.pid == self._spawned.process.pid
+        else:
+            ours = self.services.is_unit_of(self.name, asking.pid)
+        if ours:
+            self._asking.set_result(asking)
+        return ours
+
+    def abort(self) -> None:
+        """Someone killed the guest before it was one."""
+        self._aborted = True
+        if self._spawned:
+            self._spawned.kill()
+        if self._asking and not self._asking.done():
+            self._asking.cancel()
+
+    async def launch(self) -> tuple[Watched, GuestRun, Launch]:
+        """From the file to a QEMU that was exec'ed. Raises whatever made that impossible; nothing is left then."""
+        self._asking = asyncio.get_running_loop().create_future()
+        decided = await self.services.decide(self.name)
+        self.greeting_timeout_s = _greeting_timeout_s(decided.guest)
+        self.services.store.begin_start(decided.run)
+        if self.services.units is None:
+            self._spawned = self._spawn()
+            self.services.record_process(decided.run, self._spawned)
+        elif not self._asking.done():
+            await self.services.units.start(self.name)
+        launch, descriptors = await self.services.open(self.name, decided)
+        with contextlib.closing(descriptors):
+            asking = await self._await_launcher()
+            process = self._spawned or self._watch(asking)
+            if not self._spawned:
+                self.services.record_process(decided.run, process)
+            argv = launch.argv(decided.emulator)
+            record = self.services.store.record_launch(self.name, decided.run.config_text, argv)
+            spec = Spec(decided.run.uid, self.services.qemu_gid or decided.run.uid, self.services.qemu_groups, argv)
+            asking.hand_over(spec, descriptors.pairs)
+        self._spawned = None
+        return process, record, launch
+
+    def _spawn(self) -> Watched:
+        output = self.services.open_qemu_log(self.name)
+        try:
+            process = spawn_launcher(self.services.paths.run, self.name, output)
+        finally:
+            os.close(output)
+        watched = Watched.open(process)
+        if watched is None:
+            raise HostFailed(f"guest {self.name}: the launcher ended at once")
+        return watched
+
+    async def _await_launcher(self) -> Asking:
+        """The launcher's question; at once if it dies before it asks."""
+        asking = self._asking
+        if asking is None or self._aborted:
+            raise Conflict(f"guest {self.name}: the start was cancelled")
+        waits: set[asyncio.Future[Asking] | asyncio.Future[int | None]] = {asking}
+        if self._spawned:
+            waits.add(self._spawned.exited)
+        await asyncio.wait(waits, timeout=LAUNCHER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if self._aborted or asking.cancelled():
+            raise Conflict(f"guest {self.name}: the start was cancelled")
+        if asking.done():
+            return asking.result()
+        if self._spawned and self._spawned.exited.done():
+            words = self.services.last_words(self.name)
+            raise HostFailed(f"guest {self.name}: the launcher ended before it asked for the guest: {words}")
+        raise TimedOut(
+            f"guest {self.name}: no launcher asked for it within {LAUNCHER_TIMEOUT_S:g} s",
+            hint=f"journalctl -u kvmd-guest@{self.name}",
+        )
+
+    def _watch(self, asking: Asking) -> Watched:
+        watched = self.services.watch_pid(asking.pid)
+        if watched is None:
+            raise HostFailed(f"guest {self.name}: its launcher (pid {asking.pid}) ended before the hand-over")
+        return watched
+
+    def close(self) -> None:
+        """End the attempt: a launcher that came too late is refused, one that waits for us is killed."""
+        if self._spawned:
+            self._spawned.kill()
+        asking, self._asking = self._asking, None
+        if asking and asking.done() and not asking.cancelled():
+            asking.result().refuse("the start failed")
+        elif asking and not asking.done():
+            asking.cancel()
+
+
+def _greeting_timeout_s(guest: Guest) -> float:
+    """How long QEMU may take to answer: it touches all preallocated memory before it does."""
+    if isinstance(guest.start.timeout, float):
+        return guest.start.timeout
+    gib = guest.memory.size / (1 << 30) if guest.memory.preallocated else 0.0
+    return GREETING_BASE_S + PREALLOC_S_PER_GIB * gib

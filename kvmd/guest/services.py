@@ -1,0 +1,401 @@
+"""What the supervisors of all guests share: directories, state, capabilities, identities, descriptors.
+
+One object, made by the manager; its `loaded` is replaced when the files are read again. It answers questions about a
+guest by name and holds no guest: names are looked up each time, so a file that changed is never half used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import grp
+import json
+import os
+import secrets
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmd.config.desired import Desired, Loaded
+from kvmd.config.guest import Guest
+from kvmd.config.network import bridge_name
+from kvmd.effects import files, process
+from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
+from kvmd.effects.handover import runs_as_unit
+from kvmd.effects.netlink import Netlink
+from kvmd.effects.probe import kvm_usable, probe
+from kvmd.effects.qmp import Monitor
+from kvmd.effects.records import GuestRun, WantedState
+from kvmd.effects.store import Store
+from kvmd.effects.sysfs import HostTree
+from kvmd.effects.systemd import Units, guest_unit
+from kvmd.errors import ConfigInvalid, NotFound, QemuFailed, Refused
+from kvmd.facts import Process
+from kvmd.paths import Paths
+from kvmd.plan.cpus import Placement
+from kvmd.plan.network import tap_name
+from kvmd.qemu import argv, identity, verify
+from kvmd.qemu.caps import Accel, Capabilities
+from kvmd.qemu.fds import Launch
+from kvmd.qemu.identity import Identity
+
+BALLOON_POLL_S = 2
+Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What is settled about a start before anything of the host is touched."""
+
+    guest: Guest
+    run: GuestRun
+    identity: Identity
+    accel: Accel
+    caps: Capabilities
+    emulator: str  # absolute path
+    placement: Placement | None
+
+
+@dataclass(frozen=True, slots=True)
+class Born:
+    """What verification learnt about a QEMU that is ready to run."""
+
+    vcpu_threads: tuple[int, ...]
+    balloon_bytes: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Services:
+    """Shared by all supervisors."""
+
+    paths: Paths
+    store: Store
+    tree: HostTree
+    netlink: Netlink
+    units: Units | None  # None: kvmd spawns launchers itself
+    publish: Publish
+    admit: Callable[[str], None] = lambda _name: None  # the manager's: raises Refused
+    place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
+    loaded: Loaded = field(default_factory=lambda: Loaded(desired=Desired()))
+    _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
+    _kvm: bool = False
+
+    # ---- the guest as its file has it ---------------------------------------------------------------------------
+
+    def guest(self, name: str) -> Guest | None:
+        """The declared guest, from its last good version when its file has faults."""
+        return self.loaded.desired.guests.get(name)
+
+    def declared(self, name: str) -> Guest:
+        """The declared guest. NotFound; ConfigInvalid when its file has never been without fault."""
+        guest = self.guest(name)
+        if guest is not None:
+            return guest
+        faults = [fault for fault in self.loaded.errors if fault.file == f"guests.d/{name}.toml"]
+        if faults:
+            raise ConfigInvalid(
+                f"guest {name} has never had a file without fault: {faults[0]}",
+                hint="kvmd-cli check",
+                faults=[str(fault) for fault in faults],
+            )
+        raise NotFound(f"no guest is called {name}", hint="kvmd-cli list")
+
+    def identity(self, name: str) -> Identity | None:
+        """The guest's identity as it was last written; None before its first start."""
+        path = self.paths.guest_state(name) / "identity.toml"
+        try:
+            return identity.from_toml(name, path.read_text())
+        except FileNotFoundError:
+            return None
+
+    # ---- before a birth -----------------------------------------------------------------------------------------
+
+    async def decide(self, name: str) -> Decided:
+        """Check and settle everything. Refused, ConfigInvalid, NotSupported…; nothing of the host is touched."""
+        guest = self.declared(name)
+        self.admit(name)
+        placement = self.place(name)
+        emulator = self._emulator(guest)
+        accel = await self._accel(guest, emulator)
+        caps = await self._capabilities(emulator, accel)
+        ident = self._allot_identity(name, guest, caps)
+        low, high = self.loaded.desired.daemon.qemu.uid_range
+        run = GuestRun(
+            name=name,
+            uuid=ident.uuid,
+            uid=self.store.allot_uid(name, low, high, lambda uid: bool(process.pids_of_uid(uid))),
+            boot_id=self.tree.boot_id(),
+            nonce=secrets.token_hex(8),
+            begun_at=self.now(),
+            config_text=guest.model_dump_json(by_alias=True),
+        )
+        return Decided(guest, run, ident, accel, caps, emulator, placement)
+
+    async def identify(self, name: str) -> None:
+        """Give a guest its identity before its first start. QemuFailed, NotSupported, Refused."""
+        guest, known = self.declared(name), self.identity(name)
+        if known is None or guest.nic.keys() - known.macs.keys():
+            self._allot_identity(name, guest, await self._capabilities(self._emulator(guest), "tcg"))
+
+    def _emulator(self, guest: Guest) -> str:
+        return _resolve(guest.machine.emulator or self.loaded.desired.daemon.qemu.emulator)
+
+    async def _accel(self, guest: Guest, emulator: str) -> Accel:
+        """kvm refuses with the fix, auto falls back to TCG, tcg was asked for."""
+        if guest.machine.accel == "tcg":
+            return "tcg"
+        if self._kvm:
+            return "kvm"
+        low, _ = self.loaded.desired.daemon.qemu.uid_range
+        found = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
+        self._kvm = found.usable
+        if found.usable:
+            return "kvm"
+        if guest.machine.accel == "auto":
+            return "tcg"
+        raise Refused(f"KVM cannot be used: {found.reason}", hint=f'{found.fix}; or machine.accel = "auto" or "tcg"')
+
+    async def _capabilities(self, emulator: str, accel: Accel) -> Capabilities:
+        key = (emulator, *_stamp(emulator), accel)
+        if key not in self._caps:
+            self._caps[key] = await probe(emulator, accel, self.paths.state / "cache")
+        return self._caps[key]
+
+    def _allot_identity(self, name: str, guest: Guest, caps: Capabilities) -> Identity:
+        previous = self.identity(name)
+        new_nics = previous is None or guest.nic.keys() - previous.macs.keys()
+        taken = frozenset(mac for (other, _), mac in self.macs().items() if other != name) if new_nics else frozenset()
+        found = identity.allot(name, guest, previous, caps, str(uuid.uuid4()), taken_macs=taken)
+        if found != previous:
+            directory = self.paths.guest_state(name)
+            files.ensure_dir(directory, 0o700)
+            files.write_atomic(directory / "identity.toml", identity.to_toml(name, found).encode(), mode=0o644)
+        return found
+
+    def macs(self) -> Mapping[tuple[str, str], str]:
+        """MACs of all declared guests by (guest, nic); a guest that was never started has none yet."""
+        return {
+            (name, nic): mac
+            for name in self.loaded.desired.guests
+            if (known := self.identity(name))
+            for nic, mac in known.macs.items()
+        }
+
+    async def open(self, name: str, decided: Decided) -> tuple[Launch, Descriptors]:
+        """The argv, and everything it names open. Closes all and raises on the first failure."""
+        guest, run = decided.guest, decided.run
+        daemon = self.loaded.desired.daemon
+        opener = Opener(
+            guest=name,
+            run_dir=self.paths.guest_run(name),
+            log_dir=self.paths.guest_log(name),
+            roots=[Path(root) for root in (*daemon.storage.roots, daemon.storage.images)],
+            netlink=self.netlink,
+        )
+        try:
+            launch = argv.build(
+                name,
+                guest,
+                decided.identity,
+                decided.caps,
+                accel=decided.accel,
+                run_dir=str(self.paths.guest_run(name)),
+                images=opener.open_images(guest),
+                mtus={nic: tap.mtu for nic, tap in self._taps(name, decided).items()},
+                hugepages=self._pages_there(guest),
+                vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
+                sandbox=daemon.qemu.sandbox,
+            )
+            files.ensure_dir(opener.run_dir, 0o711)
+            files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
+            return launch, await opener.open_all(launch.opens, self._taps(name, decided))
+        except BaseException:
+            opener.close()
+            raise
+
+    def _taps(self, name: str, decided: Decided) -> Mapping[str, TapPlan]:
+        """The TAP of each NIC that is on a network."""
+        taps = {}
+        for nic, wish in decided.guest.nic.items():
+            if wish.network is None:
+                continue
+            network = self.loaded.desired.networks[wish.network]
+            taps[nic] = TapPlan(
+                name=tap_name(decided.identity.uuid, nic),
+                bridge=bridge_name(wish.network, network),
+                mtu=wish.mtu or network.network.mtu,
+                alias=f"kvmd:{wish.network}:{name}:{nic}",
+                port_isolated=network.network.guests_isolated,
+            )
+        return taps
+
+    def _pages_there(self, guest: Guest) -> bool:
+        """Whether the pools have the guest's pages now; True for a guest that wants none."""
+        page = guest.memory.hugepage_size
+        free = sum(pool.free for pool in self.tree.observe_hugepages() if pool.page_bytes == page) if page else 0
+        return page is None or free * page >= guest.memory.size
+
+    def open_qemu_log(self, name: str) -> int:
+        """The file that takes QEMU's stdout and stderr; begins anew when it has grown past its cap."""
+        directory = self.paths.guest_log(name)
+        files.ensure_dir(directory, 0o750)
+        fd = files.append_log_fd(directory / "qemu.log")
+        if os.fstat(fd).st_size > self.loaded.desired.daemon.log.qemu.size:
+            os.ftruncate(fd, 0)
+        return fd
+
+    # ---- after a birth ------------------------------------------------------------------------------------------
+
+    async def verify_and_place(self, name: str, run: GuestRun, monitor: Monitor, launch: Launch | None) -> Born:
+        """Compare what runs with what was asked, pin every thread, switch the balloon's statistics on.
+
+        `launch` is None for a run of an earlier kvmd, of which only the record is left. Raises QemuFailed when
+        identity, disks or confinement are not what was asked; the rest becomes warnings.
+        """
+        warnings: tuple[str, ...] = launch.warnings if launch else ()
+        if launch:
+            replies = {ask.label: await monitor.execute(ask.command, **ask.arguments) for ask in verify.queries(launch)}
+            found = verify.check_running(launch, replies)
+            grave = [mismatch for mismatch in found if mismatch.severity == "refuse"]
+            if grave:
+                raise QemuFailed(f"guest {name}: QEMU is not what was asked for: {grave[0]}")
+            warnings += tuple(str(mismatch) for mismatch in found)
+        threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
+        pid = run.process.pid if run.process else 0
+        process.limit_core(pid)
+        placement = self.place(name)
+        if placement:
+            process.pin(name, pid, threads, placement.vcpus, placement.emulator)
+        return Born(threads, await self._start_balloon(monitor), warnings)
+
+    async def inspect(self, monitor: Monitor) -> Born:
+        """What has to be known of a guest that runs already. QemuFailed, TimedOut, Unreachable."""
+        threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
+        return Born(threads, await self._start_balloon(monitor), ())
+
+    async def _start_balloon(self, monitor: Monitor) -> int | None:
+        """Statistics every BALLOON_POLL_S; the guest's present size, None without a balloon."""
+        with contextlib.suppress(QemuFailed):
+            await monitor.execute(
+                "qom-set",
+                path="/machine/peripheral/balloon",
+                property="guest-stats-polling-interval",
+                value=BALLOON_POLL_S,
+            )
+            balloon = await monitor.execute("query-balloon")
+            return int(balloon["actual"])
+        return None
+
+    def find_qemu(self, run: GuestRun) -> Process | None:
+        """The QEMU of a run whose process was never recorded: by its UUID, and only under the uid it was given."""
+        return next(
+            (q.process for q in self.tree.qemus() if q.uuid == run.uuid and _uid(q.process.pid) == run.uid), None
+        )
+
+    # ---- while it runs and after --------------------------------------------------------------------------------
+
+    def socket(self, name: str, purpose: str) -> Path:
+        """A socket of the guest: "qmp", "rescue", "serial-NAME"."""
+        return self.paths.guest_run(name) / f"{purpose}.sock"
+
+    def last_words(self, name: str) -> str:
+        """The last line QEMU or its launcher wrote."""
+        return process.last_words(self.paths.guest_log(name) / "qemu.log")
+
+    def clean_up(self, name: str) -> None:
+        """Remove the sockets of a guest that has ended; its logs and identity stay."""
+        shutil.rmtree(self.paths.guest_run(name), ignore_errors=True)
+
+    def want(self, name: str, state: WantedState, *, actor: str, reason: str) -> None:
+        """Record where the guest shall be from now on."""
+        self.store.set_wanted(name, state, actor, reason, self.now())
+
+    def restart_refusal(self, name: str) -> str | None:
+        """None when a crashed guest may be started again now (and the crash is counted), else why not."""
+        guest = self.guest(name)
+        if guest is None:
+            return "its file is gone"
+        now = self.now()
+        self.store.record_crash(name, now)
+        count = self.store.crashes_since(name, now - guest.restart.within)
+        if count > guest.restart.limit:
+            return f"not restarted: {count} ends within {guest.restart.within} (restart.limit = {guest.restart.limit})"
+        return None
+
+    def is_unit_of(self, name: str, pid: int) -> bool:
+        """Whether systemd runs this pid as the guest's unit."""
+        return self.units is not None and runs_as_unit(pid, guest_unit(name))
+
+    def watch_pid(self, pid: int) -> process.Watched | None:
+        """Watch a process by its pid, which was proved otherwise to be ours."""
+        found = self.tree.process(pid)
+        return process.Watched.open(found) if found else None
+
+    def record_process(self, run: GuestRun, watched: process.Watched) -> GuestRun:
+        """The run has a process from now on."""
+        return self.store.record_process(run.name, watched.process.pid, watched.process.start_time)
+
+    @functools.cached_property
+    def qemu_gid(self) -> int | None:
+        """Group kvmd-qemu where it was made by the installation; else each guest's gid is its uid."""
+        return _group("kvmd-qemu")
+
+    @property
+    def qemu_groups(self) -> tuple[int, ...]:
+        """Supplementary groups: kvm, for /dev/kvm."""
+        kvm = _group("kvm")
+        return () if kvm is None else (kvm,)
+
+    @staticmethod
+    def now() -> float:
+        """UNIX time."""
+        return time.time()
+
+
+def vcpu_threads(reply: Any) -> tuple[int, ...]:
+    """Host thread ids in vCPU order from query-cpus-fast. QemuFailed when the reply is not one."""
+    try:
+        return tuple(int(cpu["thread-id"]) for cpu in sorted(reply, key=lambda cpu: int(cpu["cpu-index"])))
+    except (TypeError, KeyError, ValueError):
+        raise QemuFailed("query-cpus-fast answered something else than CPUs") from None
+
+
+def started_config(run: GuestRun) -> Mapping[str, Any]:
+    """The guest's tables as they were when it was started; empty when the record is older than that."""
+    try:
+        found = json.loads(run.config_text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _resolve(emulator: str) -> str:
+    found = shutil.which(emulator)
+    if found is None:
+        raise NotFound(f"no emulator {emulator} in PATH", hint="apt install qemu-system-x86, or set qemu.emulator")
+    return found
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """What changes when a binary is upgraded."""
+    status = Path(path).stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _uid(pid: int) -> int | None:
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
+
+
+def _group(name: str) -> int | None:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None

@@ -1,0 +1,108 @@
+"""The whole plan: what separates the host and its guests from the directory of files, in the order it is done.
+
+Shrink before grow, prepare before start: knobs, pages, networks, pins, then guests. Pure: the same files and facts
+give the same plan in whatever order they come, and a host that is as wanted gives an empty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvmd.actions import AnyAction, Disruption, Problem
+from kvmd.config.desired import Desired
+from kvmd.config.guest import Guest
+from kvmd.facts import Facts
+from kvmd.plan import admission, cpus, guests, hugepages, ksm, network
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Actions in order, and what no action can mend."""
+
+    actions: tuple[AnyAction, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    def split(self, allow: frozenset[Disruption]) -> tuple[tuple[AnyAction, ...], tuple[AnyAction, ...]]:
+        """Those that may be done when only `allow` (and nobody) may be disturbed, and those left over."""
+        allowed = allow | {Disruption.NONE}
+        now = tuple(action for action in self.actions if action.disruption in allowed)
+        return now, tuple(action for action in self.actions if action.disruption not in allowed)
+
+
+def plan(
+    desired: Desired,
+    facts: Facts,
+    *,
+    macs: Mapping[tuple[str, str], str],
+    originals: Mapping[tuple[int, int], int],
+    prune: bool = False,
+) -> Plan:
+    """Everything. `macs` by (guest, nic); `originals`: pages of (node, page size) before kvmd first changed them."""
+    host = desired.host
+    reserve = admission.reserve_bytes(host.memory.reserve, facts.memory.total_bytes)
+    parts = (
+        ksm.plan_ksm(host, facts),
+        hugepages.plan_hugepages(
+            host.hugepages, page_needs(desired.guests), facts, reserve=reserve, originals=originals
+        ),
+        network.plan_network(desired.networks, desired.guests, macs, facts),
+        cpus.plan_pins(desired.guests, host, facts),
+    )
+    actions = [action for part, _ in parts for action in part]
+    problems = [problem for _, found in parts for problem in found]
+    problems += _admissions(desired, facts)
+    blocked = frozenset(name for problem in problems for name in problem.guests)
+    actions += guests.plan_guests(desired.guests, facts.lives, blocked, prune=prune)
+    return Plan(tuple(actions), tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))))  # type: ignore[arg-type]
+
+
+def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:
+    """Hugepages of every declared guest that is backed by them."""
+    needs = {}
+    for name, guest in declared.items():
+        page = guest.memory.hugepage_size
+        if page:
+            pages = -(-guest.memory.size // page)
+            needs[name] = hugepages.PageNeed(page, pages, fallback=guest.memory.fallback == "thp")
+    return needs
+
+
+def candidate(name: str, guest: Guest) -> admission.Candidate:
+    """A declared guest as admission counts it."""
+    return admission.Candidate(
+        name,
+        guest.memory.size,
+        in_hugepages=guest.memory.backing == "hugepages",
+        guaranteed_bytes=guest.memory.guaranteed or 0,
+    )
+
+
+def admit(name: str, desired: Desired, facts: Facts, also: frozenset[str] = frozenset()) -> Problem | None:
+    """May guest `name` run beside all that are alive, and `also` those that will have been started before it?"""
+    counted = {life.name for life in facts.lives if life.alive and life.name in desired.guests} | also | {name}
+    return admission.admit(
+        name,
+        [candidate(other, desired.guests[other]) for other in counted],
+        facts.memory,
+        rule=desired.host.memory.admission,
+        reserve=admission.reserve_bytes(desired.host.memory.reserve, facts.memory.total_bytes),
+        swap_factor=desired.host.memory.swap_factor,
+        foreign_qemu_bytes=facts.foreign_qemu_bytes,
+    )
+
+
+def _admissions(desired: Desired, facts: Facts) -> list[Problem]:
+    """One refusal for each wanted guest that does not fit beside those that start before it."""
+    lives = {life.name: life for life in facts.lives}
+    admitted: frozenset[str] = frozenset()
+    problems = []
+    for name in guests.start_order(desired.guests):
+        life = lives.get(name)
+        if life and life.wanted and not life.alive and not life.held:
+            problem = admit(name, desired, facts, admitted)
+            if problem:
+                problems.append(problem)
+            else:
+                admitted |= {name}
+    return problems

@@ -1,0 +1,59 @@
+"""Putting the host back as it was before kvmd touched it in this boot. Pure.
+
+Only what the journal says is undone, in the reverse order of how it was done; a knob someone else has changed since
+is left to them and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvmd.actions import HostAction, RemoveBridge, ReplaceRuleset, SetHugepages, StopDnsmasq, WriteKnob
+from kvmd.facts import Facts
+
+WHY = "kvmd lets go of the host"
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """One journalled effect: `key` to forget when the action has been done; no action: nothing left to undo."""
+
+    key: str
+    action: HostAction | None
+    kept: str | None = None  # why it stays as it is
+
+
+def plan_release(entries: Iterable[tuple[str, str, str, str]], facts: Facts) -> tuple[Undo, ...]:
+    """What undoes each `(kind, subject, original, new)` of the journal."""
+    undos = [_undo(kind, subject, original, new, facts) for kind, subject, original, new in entries]
+    return tuple(reversed(undos))
+
+
+def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Undo:
+    key = f"{kind}:{subject}"
+    match kind:
+        case "knob":
+            now = facts.knobs.get(subject)
+            if now == original or now is None:
+                return Undo(key, None)
+            if now != new:
+                return Undo(key, None, kept=f"{subject} is {now}: someone changed it after kvmd wrote {new}")
+            return Undo(key, WriteKnob(path=subject, old=now, new=original, why=WHY))
+        case "hugepages":
+            node, page_bytes = (int(part) for part in subject.split(":"))
+            pool = next((p for p in facts.hugepages if (p.node, p.page_bytes) == (node, page_bytes)), None)
+            if pool is None or pool.total == int(original):
+                return Undo(key, None)
+            target = max(int(original), pool.used)
+            kept = f"{pool.used} pages are in use" if target > int(original) else None
+            action = SetHugepages(node=node, page_bytes=page_bytes, old=pool.total, new=target, why=WHY)
+            return Undo(key, action, kept=kept)
+        case "bridge":
+            return Undo(key, RemoveBridge(bridge=subject, why=WHY))
+        case "ruleset":
+            return Undo(key, ReplaceRuleset(text="", change="remove", why=WHY) if facts.nft is not None else None)
+        case "dnsmasq":
+            return Undo(key, StopDnsmasq(network=subject, why=WHY))
+        case _:
+            return Undo(key, None, kept=f"{key} was written by another version of kvmd")
