@@ -222,15 +222,14 @@ class _SizePlan:
             held = _held(pool)
             pages = wanted.get(node, _persistent(pool))
             if node in wanted and pages < held:
-                self.problems.append(
-                    Problem(
-                        subject=f"hugepages {Size(self.page_bytes)} node {node}",
-                        message=f"{pages} pages are declared, {held} are in use: it keeps those until they are free",
-                    )
-                )
+                self._below_use(f" node {node}", pages, held)
             self.target[node] = max(pages, held)
             budget.draw(node, (self.target[node] - held) * self.page_bytes)
             self.reasons[node] = [f"{wanted.get(node, 'not')} declared"]
+
+    def _below_use(self, where: str, declared: int, held: int) -> None:
+        message = f"{declared} pages are declared, {held} are in use: they stay until they are free"
+        self.problems.append(Problem(f"hugepages {Size(self.page_bytes)}{where}", message))
 
     def _too_many(
         self, wanted: Mapping[int, int], growth: Mapping[int, int], crowded: list[int], budget: _Budget
@@ -250,6 +249,8 @@ class _SizePlan:
         """Even over the nodes, as the kernel itself spreads; a node that holds more leaves less to the others."""
         wanted = {node: _held(pool) for node, pool in self.pools.items()}
         left = count - sum(wanted.values())
+        if left < 0:
+            self._below_use("", count, sum(wanted.values()))
         while left > 0:
             low = min(wanted.values())
             lowest = [node for node in wanted if wanted[node] == low]
