@@ -177,6 +177,11 @@ class EventHub:
         self._subscriptions: list[Subscription] = []
         self._made = 0
 
+    @property
+    def subscribers(self) -> int:
+        """How many subscriptions there are."""
+        return len(self._subscriptions)
+
     def publish(self, event: Event) -> None:
         """Give an event to all who want it. Events must come in the order of their cursors."""
         self.cursor = event.cursor
