@@ -46,7 +46,7 @@ class Document:
             file=shown(owner.file),
             line=owner.line(complaint.path),
             key=dotted(complaint.path) or None,
-            message=complaint.message,
+            message=complaint.message if owner is self else f"{complaint.message}, with {shown(self.file)}",
             hint=complaint.hint,
             severity=complaint.severity,
         )

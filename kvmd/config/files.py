@@ -83,7 +83,7 @@ class _Reader:
         file = f"{directory}/{name}"
         stem, dot, suffix = name.rpartition(".")
         if not dot or suffix != "toml":
-            hint = f"rename it to {shown(stem if suffix.lower() == 'toml' else name)}.toml"
+            hint = f"rename it to {shown(stem or name)}.toml if it is meant"
             self._fault(file, "is ignored: the name does not end in .toml", hint, warning=True)
             return
         try:
@@ -102,18 +102,23 @@ class _Reader:
                 return
             # O_NONBLOCK: a FIFO must not hang us.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            try:
+                self._read(file, descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             self._fault(file, f"cannot be read: {error.strerror}")
-            return
-        with os.fdopen(descriptor, "rb") as stream:
-            info = os.fstat(descriptor)
-            if stat.S_ISDIR(info.st_mode):
-                self._fault(file, "is a directory; a file is wanted")
-            elif not stat.S_ISREG(info.st_mode):
-                self._fault(file, "is not a regular file")
-            elif (reason := self._unsafe(info)) is not None:
-                self._fault(file, reason)
-            else:
+
+    def _read(self, file: str, descriptor: int) -> None:
+        info = os.fstat(descriptor)
+        if stat.S_ISDIR(info.st_mode):
+            self._fault(file, "is a directory; a file is wanted")
+        elif not stat.S_ISREG(info.st_mode):
+            self._fault(file, "is not a regular file")
+        elif (reason := self._unsafe(info)) is not None:
+            self._fault(file, reason)
+        else:
+            with os.fdopen(descriptor, "rb", closefd=False) as stream:
                 self._take(file, stream.read(MAX_BYTES + 1), info.st_size)
 
     def _take(self, file: str, raw: bytes, size: int) -> None:

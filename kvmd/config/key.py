@@ -127,6 +127,8 @@ def quote(value: object) -> str:
     if isinstance(value, str):
         shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in value[:60])
         return f'"{shown}..."' if len(value) > 60 else f'"{shown}"'
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print what is very long
+        return f"of {value.bit_length()} bits"
     return str(value) if isinstance(value, int | float) else type(value).__name__
 
 

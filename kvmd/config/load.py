@@ -89,6 +89,7 @@ class _Loading:
     look_for_images: bool = False
     found: list[Fault] = field(default_factory=list)
     stale: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)  # guests whose fault may stand in their profile
     keep: dict[str, bytes] = field(default_factory=dict)
 
     def run(self) -> Loaded:
@@ -105,7 +106,7 @@ class _Loading:
             desired=desired,
             faults=_shown(self.found),
             sources=dict(self.tree.sources),
-            faulty=frozenset(fault.file for fault in self.found if fault.severity == "error"),
+            faulty=frozenset(fault.file for fault in self.found if fault.severity == "error") | self.broken,
             keep=self.keep,
             listed=dict(self.tree.listed),
         )
@@ -218,6 +219,7 @@ class _Loading:
             if model is not None and read.document is not None:
                 self._settle(read, file, name, daemon)
             else:
+                self.broken.add(file)
                 model = self._good("guests.d", file, guest_rules, self._good_profile(name))
                 if model is None or any(clash.severity == "error" for clash in admitted.refuse(name, model)):
                     continue
