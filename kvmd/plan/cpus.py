@@ -184,7 +184,7 @@ def housekeeping_of(topology: CpuTopology, host: HostCpu) -> CpuSet:
 
 
 def _first_cores(topology: CpuTopology, ordinary: CpuSet, usable: CpuSet) -> CpuSet:
-    cpus = [cpu for cpu in topology.cpus if cpu.id in ordinary]
+    cpus = sorted((cpu for cpu in topology.cpus if cpu.id in ordinary), key=lambda cpu: cpu.id)
     first_of_node: dict[int, int] = {}
     for cpu in cpus:
         first_of_node.setdefault(cpu.node, cpu.core)
