@@ -149,7 +149,7 @@ def _address(path: KeyPath, address: IPv4Address, name: str, network: Network) -
     where = f"networks.d/{name}.toml"
     if (text := address_fault(network, address)) is not None:
         yield Complaint((*path, "ipv4"), text, f"see {where}")
-    if network.network.mode != "bridge" and (network.ipv4 is None or network.ipv4.dhcp is None):
+    if network.ipv4 is None or network.ipv4.dhcp is None:
         text = "nobody hands the address out: the network has no [ipv4.dhcp]"
         yield Complaint((*path, "ipv4"), text, f"see {where}", severity="warning")
     for reserved, entry in network.reservation.items():

@@ -1,5 +1,6 @@
-"""Reading and writing the files of the configuration directory. The only file access of the configuration layer,
-beside nothing else: what the bytes mean is `load.py`'s.
+"""Reading the configuration directory and writing the last good copies: the only file access of this layer.
+
+What the bytes mean is `document.py`'s and `load.py`'s business.
 
 A directory is untrusted input: droppings of editors and packagers, symlinks, FIFOs, huge files, names with
 control characters. None of that raises; all of it becomes faults.
@@ -52,6 +53,20 @@ def read_tree(config_dir: Path, *, require_root_owner: bool = False) -> Tree:
             hint = f"did you mean {close[0]}?" if close else None
             tree.faults.append(Fault(shown(name), None, None, "is not a file kvmd reads", hint, "warning"))
     return tree
+
+
+def fingerprint(config_dir: Path) -> frozenset[tuple[object, ...]]:
+    """What changes when any file is written, added, removed or gets other rights; costs one stat a file."""
+    found: set[tuple[object, ...]] = set()
+    for directory in (config_dir, *(config_dir / name for name in DIRECTORIES)):
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=True)
+                    found.add((entry.path, status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode))
+        except OSError as error:
+            found.add((str(directory), error.errno))
+    return frozenset(found)
 
 
 class _Reader:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator, PlainValidator
 
 from kvmd.config.key import Kind, quote
-from kvmd.units import CpuSet, Duration, Percent, Rate, Size
+from kvmd.units import CpuSet, Duration, Percent, Size
 
 T = TypeVar("T")
 
@@ -79,7 +79,6 @@ def _pattern(regex: re.Pattern[str], wanted: str) -> Callable[[str], str]:
 
 _size = _unit(Size, Size.parse, "a size", '"8GiB"')
 _duration = _unit(Duration, Duration.parse, "a duration", '"3min"')
-_rate = _unit(Rate, Rate.parse, "a bandwidth", '"100Mbit"')
 _percent = _unit(Percent, Percent.parse, "a percentage", '"10%"')
 
 
@@ -308,7 +307,6 @@ def table_name(value: object) -> str:
 SizeT = Annotated[Size, PlainValidator(_size), Kind("size", '"8GiB"')]
 PositiveSize = Annotated[Size, PlainValidator(_size), AfterValidator(_positive), Kind("size", '"8GiB"')]
 DurationT = Annotated[Duration, PlainValidator(_duration), Kind("duration", '"3min"')]
-RateT = Annotated[Rate, PlainValidator(_rate), Kind("bandwidth", '"100Mbit"')]
 PercentT = Annotated[Percent, PlainValidator(_percent), Kind("percentage", '"10%"')]
 CpuSetT = Annotated[CpuSet, PlainValidator(_cpus), Kind("CPU set", '"0-3,8"')]
 Number = Annotated[float, PlainValidator(_number), Kind("number", "4.0")]

@@ -204,6 +204,17 @@ def test_images_outside_the_roots_are_warned_about(tmp_path: Path) -> None:
     assert sorted(loaded.desired.guests) == ["a", "b"]
 
 
+@pytest.mark.parametrize("network", ['mode = "isolated"', 'mode = "bridge"\nbridge = "br0"'])
+def test_an_address_nobody_hands_out_is_warned_about(tmp_path: Path, network: str) -> None:
+    files = {"networks.d/lan.toml": f"[network]\n{network}\n", "guests.d/a.toml": nic('ipv4 = "10.0.1.9"\n')}
+    loaded = load(write(tmp_path, files))
+    assert [str(fault) for fault in loaded.faults] == [
+        "guests.d/a.toml:5: warning: nic.lan.ipv4: nobody hands the address out: the network has no [ipv4.dhcp] "
+        "(see networks.d/lan.toml)"
+    ]
+    assert list(loaded.desired.guests) == ["a"]
+
+
 POOL = [
     disk("/srv/vm/1.img"),
     disk("/srv/vm/2.img"),
