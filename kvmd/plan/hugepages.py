@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvmd.actions import Action, Problem, SetHugepages
-from kvmd.config.guest import Guest
 from kvmd.config.host import HugepagePoolConfig
 from kvmd.facts import EMPTY, Facts, HugepagePool
 from kvmd.units import Size
@@ -30,19 +29,6 @@ class PageNeed:
     pages: int
     node: int | None = None  # where its memory is bound; None: wherever pages are
     fallback: bool = False  # memory.fallback = "thp": it may start without
-
-
-def page_needs(guests: Mapping[str, Guest]) -> Mapping[str, PageNeed]:
-    """Needs of those of `guests` whose memory is hugepages, by name; pass the ones that should run."""
-    return {
-        name: PageNeed(
-            page_bytes=int(size),
-            pages=_pages(int(guest.memory.size), int(size)),
-            fallback=guest.memory.fallback == "thp",
-        )
-        for name, guest in sorted(guests.items())
-        if (size := guest.memory.hugepage_size) is not None
-    }
 
 
 def plan_hugepages(

@@ -314,6 +314,9 @@ def _plan_servers(world: _World, blocked: set[str]) -> None:
             what = "DHCP and DNS" if network.ipv4 and network.ipv4.dhcp and network.dns.enabled else "DHCP or DNS"
             why = f"networks.d/{name}.toml asks for {what}"
             world.actions.append(StartDnsmasq(network=name, config=config, why=why))
+        elif not server.config_sha256:
+            why = "its bridge was made anew, or kvmd ended while starting it; leases are kept"
+            world.actions.append(StartDnsmasq(network=name, config=config, change="restart", why=why))
         elif server.config_sha256 != config_sha256(config):
             why = "the network or its guests' addresses changed; leases are kept"
             world.actions.append(StartDnsmasq(network=name, config=config, change="new configuration", why=why))

@@ -93,7 +93,7 @@ def test_two_cpus_are_enough_for_one_dedicated_guest() -> None:
     assert cpus_of(answer, "other") == "0 0"
     assert place_all({"web": dedicated(1)}, topology(cores=1, threads=2), AUTO).of["web"].cpus == CpuSet([1])
     problem = refusal({"web": dedicated(1)}, topology(cores=1), "web")
-    assert "web wants 1 dedicated CPUs, 0 are left outside housekeeping (1 CPUs; housekeeping 0)" in problem.message
+    assert "web wants 1 dedicated CPU, 0 are left outside housekeeping (1 CPU; housekeeping 0)" in problem.message
 
 
 def test_refusals_carry_the_arithmetic() -> None:
