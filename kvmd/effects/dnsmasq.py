@@ -12,6 +12,7 @@ import json
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from kvmd.effects.process import Watched, last_words
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed
 from kvmd.facts import Dnsmasq, Process
-from kvmd.plan.dnsmasq import Lease, config_sha256, parse_leases
+from kvmd.plan.dnsmasq import Lease, bridge_of, config_sha256, parse_leases
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _START_DEADLINE_S = 10.0
@@ -69,6 +70,8 @@ class _Record:
     pid: int
     start_time: int
     boot_id: str
+    bridge: str
+    bridge_index: int  # its DHCP socket is bound to this link and does not follow a new one of that name
     config_sha256: str
 
 
@@ -103,7 +106,11 @@ class Dnsmasqs:
         )
 
     def observe(self) -> tuple[Dnsmasq, ...]:
-        """Every server of ours that runs, by network."""
+        """Every server of ours that runs, by network.
+
+        `config_sha256` is empty for one that must be replaced in any case: its bridge is not the link it was started
+        on, or kvmd died before recording it.
+        """
         try:
             names = sorted(entry.name for entry in self._run.iterdir() if entry.is_dir())
         except FileNotFoundError:
@@ -111,13 +118,16 @@ class Dnsmasqs:
         return tuple(found for found in map(self._find, names) if found)
 
     def _find(self, network: str) -> Dnsmasq | None:
-        record = self._recorded(network) or self._by_pid_file(network)
-        if record is None or _process(record.pid) != Process(record.pid, record.start_time):
-            return None
+        record = self._recorded(network)
+        if record is None:
+            process = self._by_pid_file(network)
+            return Dnsmasq(network, process.pid, process.start_time, "") if process else None
         # The start time has ticks of 10 ms: the command line is what no other process has.
-        if not self._is_server(record.pid, network):
+        process = Process(record.pid, record.start_time)
+        if _process(record.pid) != process or not self._is_server(record.pid, network):
             return None
-        return Dnsmasq(network, record.pid, record.start_time, record.config_sha256)
+        digest = record.config_sha256 if _link_index(record.bridge) == record.bridge_index else ""
+        return Dnsmasq(network, process.pid, process.start_time, digest)
 
     def _is_server(self, pid: int, network: str) -> bool:
         argv = _command_line(pid)
@@ -130,16 +140,13 @@ class Dnsmasqs:
             return None
         return record if record.boot_id == _boot_id() else None
 
-    def _by_pid_file(self, network: str) -> _Record | None:
+    def _by_pid_file(self, network: str) -> Process | None:
         """A server whose record was never written: the daemon ended between its start and that."""
-        run = self._run / network
         try:
-            pid = int((run / "dnsmasq.pid").read_text()[:20])
-            config = (run / "dnsmasq.conf").read_text()
+            pid = int((self._run / network / "dnsmasq.pid").read_text()[:20])
         except (OSError, ValueError):
             return None
-        process = _process(pid) if pid > 1 and self._is_server(pid, network) else None
-        return _Record(pid, process.start_time, _boot_id(), config_sha256(config)) if process else None
+        return _process(pid) if pid > 1 and self._is_server(pid, network) else None
 
     async def start(self, action: StartDnsmasq) -> None:
         """Start the server, or replace it by one with the new configuration; back when it serves. Raises HostFailed.
@@ -154,13 +161,15 @@ class Dnsmasqs:
         if running is not None:
             await self._end(running)
         self._prepare(network, action.config)
+        bridge = bridge_of(action.config) or ""
+        index = _link_index(bridge)  # before the start: if the bridge is replaced meanwhile, this one is seen as stale
         try:
             process = await self._spawn(network)
         except HostFailed as error:
             wait = self._count_failure(network, digest)
             error.details["retry_in_s"] = wait
             raise
-        record = _Record(process.pid, process.start_time, _boot_id(), digest)
+        record = _Record(process.pid, process.start_time, _boot_id(), bridge, index, digest)
         write_atomic(self._run / network / "dnsmasq.json", json.dumps(asdict(record)).encode())
         self._changed.set()
 
@@ -198,11 +207,11 @@ class Dnsmasqs:
             reason = said[-1].removeprefix("dnsmasq: ") if said else f"exit code {done.returncode}"
             hint = "another DNS or DHCP server has the port: `ss -lnp`" if "in use" in reason else None
             raise HostFailed(f"dnsmasq of network {network} does not start: {reason}", hint=hint)
-        record = self._by_pid_file(network)
-        if record is None:
+        process = self._by_pid_file(network)
+        if process is None:
             said_last = last_words(self._run / network / "dnsmasq.log")
             raise HostFailed(f"dnsmasq of network {network} ended at once: {said_last or 'it says nothing'}")
-        return Process(record.pid, record.start_time)
+        return process
 
     def _launch(self, argv: tuple[str, ...], network: str) -> subprocess.CompletedProcess[str]:
         stderr = self._run / network / "dnsmasq.stderr"
@@ -302,6 +311,14 @@ class Dnsmasqs:
 
 def _boot_id() -> str:
     return _BOOT_ID.read_text().strip()
+
+
+def _link_index(name: str) -> int:
+    """Index of a link, 0 when there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
 
 
 def _process(pid: int) -> Process | None:

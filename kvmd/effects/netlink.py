@@ -248,24 +248,21 @@ class Netlink:
             index = socket.if_nametoindex(name)
         except OSError as error:
             raise _refused(what, error) from None
+        values = {"index": index, "master": master, "mtu": mtu, "address": tap_mac(name), "ifalias": alias}
         no_address = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_NONE)]})]}
-        values: dict[str, Any] = {"index": index, "master": master, "mtu": mtu, "address": tap_mac(name)}
+        try:
+            await self._link(what, "set", IFLA_AF_SPEC=no_address, **values)
+        except HostFailed as error:
+            if error.details.get("errno") not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                raise
+            await self._link(what, "set", **values)  # a kernel without IPv6
         if isolated:
-            # Isolated before it is up: no frame may pass to a neighbour in between.
-            await self._link(what, "set", ifalias=alias, **values)
             await self._request(
                 f"isolate TAP {name} from other ports of {bridge}",
                 lambda: self._route.brport("set", index=index, isolated=1),
             )
-            values = {"index": index}
-        else:
-            values["ifalias"] = alias
-        try:
-            await self._link(what, "set", IFLA_AF_SPEC=no_address, state="up", **values)
-        except HostFailed as error:
-            if error.details.get("errno") not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
-                raise
-            await self._link(what, "set", state="up", **values)  # a kernel without IPv6
+        # Up at last: no frame passes before the address mode and the isolation are set.
+        await self._link(what, "set", index=index, state="up")
 
 
 def _checked(name: str) -> str:
