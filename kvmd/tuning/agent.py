@@ -135,6 +135,7 @@ class Agent:
         self._busy: frozenset[str] = frozenset()
         self._ksm_next_s = 0.0
         self._ok = True
+        self._released = False
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
@@ -158,6 +159,10 @@ class Agent:
     def wake(self) -> None:
         """Look at once: a guest started, the configuration changed."""
         self._woken.set()
+
+    def resume(self) -> None:
+        """Steps are carried out again after a `restore`: the host was asked for once more."""
+        self._released = False
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -273,7 +278,7 @@ class Agent:
             done = False
             if decision.kind is not Kind.NONE:
                 fingerprint = fingerprint or hashlib.sha256(repr(snapshot).encode()).hexdigest()[:16]
-                done = guest.mode is Mode.APPLY and await self._apply(decision)
+                done = guest.mode is Mode.APPLY and not self._released and await self._apply(decision)
             entry = Entry.of(decision, time=self._clock.wall(), applied=done, snapshot=fingerprint)
             if self._logbook.note(entry) and decision.kind is not Kind.NONE:
                 self._tell(decision, done=done)
@@ -316,7 +321,11 @@ class Agent:
                 await self._restore(facts[name], "tuning is no longer applied to it")
 
     async def restore(self) -> tuple[str, ...]:
-        """Give every guest its full memory back, for the release of the host. Names of those that were asked to."""
+        """Give every guest its full memory back, for the release of the host. Names of those that were asked to.
+
+        From then on the agent only advises, until `resume`.
+        """
+        self._released = True
         restored = []
         for fact in sorted(self._sensors.guests(), key=lambda fact: fact.name):
             watched = self._watched.get(fact.name)
@@ -357,7 +366,7 @@ class Agent:
         tight = host is not None and host.state > 0
         self._ksm, decision = decide_ksm(self._ksm, sample, limits, host_is_tight=tight, now_s=now)
         done = False
-        if decision.pages_to_scan is not None and limits.mode is Mode.APPLY:
+        if decision.pages_to_scan is not None and limits.mode is Mode.APPLY and not self._released:
             try:
                 await self._actuators.write_ksm_pages(decision.pages_to_scan)
             except KvmdError as error:

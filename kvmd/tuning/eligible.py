@@ -23,39 +23,19 @@ class Bar:
 
 
 def bar_of(sample: GuestSample, limits: GuestLimits | None, model: GuestModel | None, now_s: float) -> Bar | None:
-    """The first reason against taking memory from this guest, None when it may give."""
+    """The first reason against taking memory from this guest, None when it may give.
+
+    What lies in the guest's nature comes before what it does, and that before what it says.
+    """
     return (
-        _bar_device(sample, _may_receive(sample, limits), model, now_s)
-        or _bar_backing(sample)
-        or _bar_state(sample, limits, model, now_s)
+        _bar_nature(sample)
+        or _bar_state(sample, limits)
+        or _bar_figures(sample, model, now_s)
+        or _bar_now(sample, limits, model, now_s)
     )
 
 
-def _may_receive(sample: GuestSample, limits: GuestLimits | None) -> bool:
-    facts = sample.facts
-    movable = not (facts.hugepages or facts.locked or facts.vfio or facts.confidential or facts.migrating)
-    return movable and facts.state == "running" and limits is not None and limits.mode is not Mode.OFF
-
-
-def _bar_device(sample: GuestSample, give: bool, model: GuestModel | None, now_s: float) -> Bar | None:
-    if not sample.facts.balloon:
-        return Bar("no-balloon", "it has no balloon device")
-    age = sample.stats_age_s(now_s)
-    if sample.reading is None:
-        return Bar("unread", "its balloon has not answered yet")
-    if age is None:
-        return Bar("no-driver", "no balloon driver answers inside it: memory is only given back", give)
-    if age > c.STALE_POLLS * sample.poll_s:
-        stale = f"its figures are {age:.0f} s old (older than {c.STALE_POLLS} polls): memory is only given back"
-        return Bar("stale", stale, give)
-    if sample.reading.available_bytes is None:
-        return Bar("no-figures", "its driver does not report available memory: memory is only given back", give)
-    if model is not None and model.contradictions > 1:
-        return Bar("contradiction", "it reports more memory available than it has: memory is only given back", give)
-    return None
-
-
-def _bar_backing(sample: GuestSample) -> Bar | None:
+def _bar_nature(sample: GuestSample) -> Bar | None:
     facts = sample.facts
     if facts.hugepages:
         return Bar("hugepages", "its memory is hugepages: the balloon would take from it and give the host nothing")
@@ -65,22 +45,46 @@ def _bar_backing(sample: GuestSample) -> Bar | None:
         return Bar("vfio", "a passed-through device pins its memory")
     if facts.confidential:
         return Bar("confidential", "its memory is encrypted for it alone")
+    if not facts.balloon:
+        return Bar("no-balloon", "it has no balloon device")
     return None
 
 
-def _bar_state(sample: GuestSample, limits: GuestLimits | None, model: GuestModel | None, now_s: float) -> Bar | None:
-    facts = sample.facts
-    if facts.migrating:
+def _bar_state(sample: GuestSample, limits: GuestLimits | None) -> Bar | None:
+    if sample.facts.migrating:
         return Bar("migrating", "it is being migrated")
-    if facts.state != "running":
-        return Bar("state", f"it is {facts.state}")
+    if sample.facts.state != "running":
+        return Bar("state", f"it is {sample.facts.state}")
     if limits is None or limits.mode is Mode.OFF:
         return Bar("opted-out", "tuning.balloon is off for it")
+    return None
+
+
+def _bar_figures(sample: GuestSample, model: GuestModel | None, now_s: float) -> Bar | None:
+    age = sample.stats_age_s(now_s)
+    if sample.reading is None:
+        return Bar("unread", "its balloon has not answered yet")
+    if age is None:
+        return Bar("no-driver", "no balloon driver answers inside it: memory is only given back", give=True)
+    if age > c.STALE_POLLS * sample.poll_s:
+        stale = f"its figures are {age:.0f} s old (older than {c.STALE_POLLS} polls): memory is only given back"
+        return Bar("stale", stale, give=True)
+    if sample.reading.available_bytes is None:
+        return Bar("no-figures", "its driver does not report available memory: memory is only given back", give=True)
+    if model is not None and model.contradictions > 1:
+        return Bar(
+            "contradiction", "it reports more memory available than it has: memory is only given back", give=True
+        )
+    return None
+
+
+def _bar_now(sample: GuestSample, limits: GuestLimits | None, model: GuestModel | None, now_s: float) -> Bar | None:
+    facts = sample.facts
     steady_s = now_s - model.steady_since_s if model is not None else 0.0
     if facts.booted_s < c.BOOT_S and steady_s < c.BOOT_STEADY_S:
         booting = f"it started {facts.booted_s:.0f} s ago and its use has been steady for only {steady_s:.0f} s"
         return Bar("booting", booting, give=True)
-    if limits.dedicated:
+    if limits is not None and limits.dedicated:
         return Bar("dedicated", "it has dedicated CPUs: its memory is left alone", give=True)
     age = sample.stats_age_s(now_s)
     if age is None or age > c.TAKE_FRESH_S:
