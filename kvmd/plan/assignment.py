@@ -239,7 +239,8 @@ class Assignment:
         if self.isolated or wish.isolated == "require":
             parts.append(f"isolated {self.isolated or 'none'}")
         count = f"{len(free)} {kind}{'is' if len(free) == 1 else 'are'} left"
-        message = f"{name} wants {wish.vcpus} dedicated CPU{'' if wish.vcpus == 1 else 's'}, {count} outside housekeeping ({'; '.join(parts)})"
+        wanted = f"{wish.vcpus} dedicated CPU{'' if wish.vcpus == 1 else 's'}"
+        message = f"{name} wants {wanted}, {count} outside housekeeping ({'; '.join(parts)})"
         hint = f"cpu.vcpus = {len(free)}, " if 0 < len(free) < wish.vcpus else ""
         if len(free) >= wish.vcpus:
             threads = max(len(ids) for ids in self.siblings.values())
