@@ -88,10 +88,8 @@ def find_holder(fd: int) -> Holder | None:
     them (proc(5)). Slow (all descriptors of all processes): for the error message only.
     """
     wanted = os.fstat(fd)
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and _holds(process, wanted, fd):
-            found.append(int(process.name))
+    with os.scandir("/proc") as processes:
+        found = [int(p.name) for p in processes if p.name.isdigit() and _holds(p.name, wanted, fd)]
     if not found:
         return None
     # A launcher's or kvmd's own copy of the descriptor says less than the QEMU that uses it.
@@ -102,15 +100,15 @@ def find_holder(fd: int) -> Holder | None:
     return None
 
 
-def _holds(process: Path, wanted: os.stat_result, our_fd: int) -> bool:
-    with contextlib.suppress(OSError):  # gone meanwhile, or its descriptors are not for us to see
-        for entry in (process / "fd").iterdir():
-            if process.name == str(os.getpid()) and entry.name == str(our_fd):
-                continue
-            with contextlib.suppress(OSError):
+def _holds(pid: str, wanted: os.stat_result, our_fd: int) -> bool:
+    ours = str(our_fd) if pid == str(os.getpid()) else None
+    # scandir: this looks at every descriptor of the machine, and Path objects are half the time
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # closed meanwhile, or not for us to see
                 found = entry.stat()
-                if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
+                if entry.name == ours or (found.st_ino, found.st_dev) != (wanted.st_ino, wanted.st_dev):
                     continue
-                if "\nlock:" in (process / "fdinfo" / entry.name).read_text("utf-8", "replace"):
+                if "\nlock:" in Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text("utf-8", "replace"):
                     return True
     return False
