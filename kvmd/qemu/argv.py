@@ -41,9 +41,10 @@ def build(
 ) -> Launch:
     """Everything needed to start `guest`.
 
-    `images`: what was seen of each disk's image; `mtus`: of each NIC's network; `hugepages` False: the pool is too
-    small now, fall back if the file allows; `memory_nodes`: host nodes to bind memory to; `prealloc_threads`: 0 is one
-    for each vCPU; `vhost`: /dev/vhost-net works; `sandbox`: kvmd.toml's word, the guest's file can only switch it off.
+    `run_dir`: the guest's own, RUN/guests/NAME; `images`: what was seen of each disk's image; `mtus`: of each NIC's
+    network; `hugepages` False: the pool is too small now, fall back if the file allows; `memory_nodes`: host nodes to
+    bind memory to; `prealloc_threads`: 0 is one for each vCPU; `vhost`: /dev/vhost-net works; `sandbox`: kvmd.toml's
+    word, the guest's file can only switch it off.
     Raises Refused and NotSupported, naming the key, for what this guest cannot have.
     """
     machine = _machine(name, identity, caps)

@@ -53,8 +53,8 @@ def serials(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds
 
 
 def display_socket(name: str, run_dir: str) -> str:
-    """Where a guest's VNC server listens. Raises Refused when the path is too long for a socket."""
-    path = f"{run_dir}/guests/{name}/display/vnc.sock"
+    """Where a guest's VNC server listens, in a directory of its uid. Raises Refused when that is too long a path."""
+    path = f"{run_dir}/display/vnc.sock"
     if len(path.encode()) > LONGEST_SOCKET_PATH:
         raise Refused(
             f"guest {name}: {path} is longer than the {LONGEST_SOCKET_PATH} bytes of a socket's path",

@@ -20,7 +20,7 @@ from kvmd.qemu.storage import ImageFact
 
 DATA = Path(__file__).parent.parent / "data" / "qemu"
 UUID = "6f0d2c6e-9a0f-4a57-8a0c-3b3f7b6f7a11"
-RUN_DIR = "/run/kvmd"
+RUN_DIR = "/run/kvmd/guests"
 
 # What a guest's file does not say: the host's side of each golden. Absent: TCG and nothing special.
 HOST: Mapping[str, Mapping[str, Any]] = {
@@ -51,7 +51,7 @@ def launch(name: str, caps: Capabilities, **host: Any) -> Launch:
     """What is built for the golden of that name; `host` replaces single words of HOST."""
     file = guest(name)
     allotted = identity.allot(name, file, None, caps, UUID)
-    words: dict[str, Any] = {"accel": "tcg", "run_dir": RUN_DIR, **HOST.get(name, {}), **host}
+    words: dict[str, Any] = {"accel": "tcg", "run_dir": f"{RUN_DIR}/{name}", **HOST.get(name, {}), **host}
     return argv.build(name, file, allotted, caps, **words)
 
 

@@ -43,6 +43,7 @@ class RealQemu:
             os.close(fd)
         self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._buffer = b""
+        self.events: list[dict[str, Any]] = []
 
     def _open(self, request: FdRequest) -> int:
         match request:
@@ -96,9 +97,16 @@ class RealQemu:
         self._peer.sendall(json.dumps(request).encode())
         message = self._line()
         while "event" in message:
+            self.events.append(message)
             message = self._line()
         assert "return" in message, f"{command}: {message}"
         return message["return"]
+
+    def wait_event(self, name: str) -> dict[str, Any]:
+        """The first event of that name, seen already or to come within the time of an answer."""
+        while not any(event["event"] == name for event in self.events):
+            self.events.append(self._line())
+        return next(event for event in self.events if event["event"] == name)
 
     def words(self) -> str:
         """What QEMU wrote on stderr."""

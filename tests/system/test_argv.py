@@ -18,12 +18,18 @@ from typing import Any
 
 import pytest
 
+from kvmd.config.guest import Guest
 from kvmd.effects.probe import ask, kvm_usable, probe
 from kvmd.errors import QemuFailed
+from kvmd.qemu.argv import build
 from kvmd.qemu.caps import Capabilities, Kvm, choose_accel
+from kvmd.qemu.events import BalloonMoved, Panicked, Shutdown, event_time, translate
 from kvmd.qemu.fds import FdRequest, Launch, Memfd, OpenImage, OpenTap
+from kvmd.qemu.identity import allot
 from kvmd.qemu.verify import check_running, queries
 from tests.rig import golden_argv
+from tests.rig.guestconsole import GuestConsole
+from tests.rig.guestimage import guest_kernel
 from tests.rig.qemu_process import EMULATOR, RealQemu, running
 
 HOST_LOCK = Path("/run/lock/kvmd-test-host.lock")
@@ -131,7 +137,7 @@ def host_side(name: str, run_dir: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [name for name in golden_argv.names() if name != "hugepages"])
 def test_golden_is_what_runs(name: str, caps: Capabilities, images: Path, taps: Any) -> None:
     run_dir = images / "run"
-    socket_dir = run_dir / "guests" / name / "display"
+    socket_dir = run_dir / "display"
     socket_dir.mkdir(parents=True)
     os.chown(socket_dir, GUEST_UID, GUEST_UID)
     launch = prepared(golden_argv.launch(name, caps, **host_side(name, run_dir)), images)
@@ -150,8 +156,6 @@ def test_golden_is_what_runs(name: str, caps: Capabilities, images: Path, taps: 
 
 def _check_places(qemu: RealQemu, name: str, caps: Capabilities) -> None:
     """Every PCI device is in the slot its identity says, and the board has no device nobody asked for."""
-    from kvmd.qemu.identity import allot
-
     identity = allot(name, golden_argv.guest(name), None, caps, golden_argv.UUID)
     (bus,) = qemu.ask("query-pci")
     seen = {device["qdev_id"]: device["slot"] for device in bus["devices"] if device["qdev_id"]}
@@ -273,6 +277,55 @@ def test_a_wrong_guest_is_noticed(caps: Capabilities, images: Path) -> None:
         found = {difference.what: difference for difference in check_running(launch, replies)}
         assert set(found) == {"uuid", "disk-d03", "disk-d04"}
         assert {difference.severity for difference in found.values()} == {"refuse"}
+
+
+def linux(caps: Capabilities) -> Launch:
+    """A Linux guest that boots from copies of its kernel and initramfs, under a uid that cannot read the files."""
+    kernel, initrd = guest_kernel()
+    file = Guest.model_validate(
+        {
+            "memory": {"size": "160MiB"},
+            "machine": {"default_nic": False},
+            "boot": {"kernel": str(kernel), "initrd": str(initrd), "cmdline": "console=ttyS0 quiet kvmd.role=web"},
+            "serial": {"console": {}},
+            "pvpanic": {"enabled": True},
+        }
+    )
+    allotted = allot("linux", file, None, caps, golden_argv.UUID)
+    return build("linux", file, allotted, caps, accel="tcg", run_dir="/run/kvmd/guests/linux")
+
+
+def test_a_guest_that_powers_off_leaves_its_reason(caps: Capabilities) -> None:
+    with running(linux(caps), uid=GUEST_UID) as qemu, GuestConsole(qemu.directory / "serial-console.sock") as console:
+        assert differences(qemu) == ()
+        qemu.ask("cont")
+        console.wait_ready()
+        before = qemu.ask("query-balloon")["actual"]
+        qemu.ask("balloon", value=before - (32 << 20))
+        moved = translate(qemu.wait_event("BALLOON_CHANGE"))
+        assert isinstance(moved, BalloonMoved)
+        assert moved.actual_bytes < before
+        console.check("(sleep 1; poweroff -f) &")
+        event = qemu.wait_event("SHUTDOWN")
+        assert translate(event) == Shutdown("guest-shutdown", by_guest=True)
+        assert event_time(event) is not None
+        assert qemu.process.poll() is None
+        assert qemu.ask("query-status")["status"] == "shutdown"
+        assert b"KVMD-GUEST READY" in (qemu.directory / "serial-console.log").read_bytes()
+
+
+def test_a_guest_that_panics_stands_still_and_says_so(caps: Capabilities) -> None:
+    with running(linux(caps), uid=GUEST_UID) as qemu:
+        with GuestConsole(qemu.directory / "serial-console.sock") as console:
+            qemu.ask("cont")
+            console.wait_ready()
+            console.check("(sleep 2; echo c > /proc/sysrq-trigger) &")
+        # Nobody is attached now. (A client that does not read would hold the guest's serial port up: QEMU sends byte by
+        # byte, and some 280 of those fill a socket.)
+        assert translate(qemu.wait_event("GUEST_PANICKED")) == Panicked("pause")
+        assert qemu.process.poll() is None
+        assert qemu.ask("query-status")["status"] == "guest-panicked"
+        assert "Kernel panic - not syncing" in (qemu.directory / "serial-console.log").read_text()
 
 
 def test_the_recording_is_of_this_qemu(caps: Capabilities) -> None:
