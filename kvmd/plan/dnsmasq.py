@@ -17,7 +17,7 @@ HOST_RESOLVERS = "/etc/resolv.conf"
 _LEASE = re.compile(r"(\d+) ([0-9A-Fa-f:]{17}) (\d+\.\d+\.\d+\.\d+) (\S+)(?: (\S+))?")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Host:
     """One NIC that is known by name: a guest's, or a [reservation.NAME]."""
 
@@ -51,7 +51,11 @@ def config_sha256(config: str) -> str:
 
 def build_config(name: str, network: Network, hosts: Iterable[Host]) -> str:
     """The configuration of the server of network `name`; `hosts` in any order."""
-    return "".join(f"{line}\n" for line in _lines(name, network, tuple(sorted(hosts))))
+    return "".join(f"{line}\n" for line in _lines(name, network, tuple(sorted(hosts, key=_host_order))))
+
+
+def _host_order(host: Host) -> tuple[str, str, str]:
+    return host.name, host.mac, host.ipv4 or ""
 
 
 def bridge_of(config: str) -> str | None:

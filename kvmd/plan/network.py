@@ -323,14 +323,19 @@ def _plan_servers(world: _World, blocked: set[str]) -> None:
 
 
 def _hosts(world: _World, name: str, network: Network) -> list[Host]:
-    """Who is known by name: a guest by its own (a second NIC by name-nic), then the file's reservations."""
-    hosts: list[Host] = []
+    """Who is known by name: each guest by its own, then second NICs by name-nic, then the file's reservations."""
     taken: set[str] = set()
+    first: list[tuple[str, str, str]] = []
+    more: list[tuple[str, str, str]] = []
     for guest, nic, on, mac in _nics(world):
         if on == name:
-            address = world.guests[guest].nic[nic].ipv4
-            label = guest if guest not in taken else f"{guest}-{nic}"
-            hosts.append(Host(_label(label, taken), mac, str(address) if address else None))
+            (more if any(guest == other for other, _, _ in first) else first).append((guest, nic, mac))
+    labels = [(guest, nic, mac, guest) for guest, nic, mac in first]
+    labels += [(guest, nic, mac, f"{guest}-{nic}") for guest, nic, mac in more]
+    hosts = []
+    for guest, nic, mac, label in labels:
+        address = world.guests[guest].nic[nic].ipv4
+        hosts.append(Host(_label(label, taken), mac, str(address) if address else None))
     for key, entry in sorted(network.reservation.items()):
         hosts.append(Host(_label(key, taken), entry.mac.lower(), str(entry.ipv4)))
     return hosts
