@@ -137,13 +137,21 @@ class Capabilities:
         """ "7.2.22"."""
         return ".".join(map(str, self.version))
 
-    def require_device(self, driver: str, key: str) -> None:
-        """Raises NotSupported, naming `key`, when this emulator has no such device."""
+    def require_device(self, device: Mapping[str, object], key: str) -> None:
+        """Raises NotSupported, naming `key`, when this emulator has no such device or the device no such property."""
+        driver = str(device["driver"])
         if driver not in self.device_types:
             raise NotSupported(
                 f"{key}: this QEMU {self.version_text} has no device {driver}",
                 hint="install the package with its module, or choose another model",
             )
+        known = self.device_properties.get(driver)
+        for word in device:
+            if known is not None and word not in known and word not in _NOT_PROPERTIES:
+                raise NotSupported(f"{key}: {driver} of this QEMU {self.version_text} has no {word}")
+
+
+_NOT_PROPERTIES = frozenset({"driver", "id", "bus"})  # -device's own words
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

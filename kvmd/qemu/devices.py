@@ -8,7 +8,7 @@ from kvmd.qemu import defaults
 from kvmd.qemu.caps import Capabilities
 from kvmd.qemu.fds import FdTable, ListenUnix, Memfd, OpenLog
 from kvmd.qemu.identity import Identity
-from kvmd.qemu.text import double, to_json
+from kvmd.qemu.text import device_args, double, to_json
 
 MONITORS = ("qmp", "rescue")  # kvmd's own, and one for people and for a host without kvmd
 ISA_SERIAL_PORTS = 4  # COM1 to COM4 (hw/char/serial-isa.c, MAX_ISA_SERIAL_PORTS)
@@ -41,14 +41,13 @@ def serials(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds
                 f"guest {name}: serial.{key} would be port {number} of {ISA_SERIAL_PORTS}",
                 hint="take a port out, or stale entries out of the identity file's [serial]",
             )
-        caps.require_device("isa-serial", f"guest {name}: serial.{key}")
         fd = fds.add(ListenUnix(fds.next_fd, f"serial-{key}"))
         chardev = f"socket,id=serial-{key},fd={fd},server=on,wait=off"
         if serial.log:
             log = fds.add(OpenLog(fds.next_fd, f"serial-{key}"))
             chardev += f",logfile={fds.fdset(log, f'log-{key}')},logappend=on"
         device = {"driver": "isa-serial", "id": f"serial-{key}-port", "chardev": f"serial-{key}", "index": number}
-        found += ["-chardev", chardev, "-device", to_json(device)]
+        found += ["-chardev", chardev, *device_args(caps, f"guest {name}: serial.{key}", device)]
     return found
 
 
@@ -72,8 +71,7 @@ def display(name: str, guest: Guest, identity: Identity, caps: Capabilities, soc
         found += ["-vnc", f"unix:{double(socket)}"]
     model = defaults.video_model(guest)
     if model != "none":
-        caps.require_device(_VIDEO[model], f"guest {name}: video.model")
-        found += _pci("video", _VIDEO[model], identity)
+        found += _pci(caps, f"guest {name}: video.model", identity, "video", _VIDEO[model])
     return found
 
 
@@ -94,11 +92,12 @@ def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds:
     """Balloon, randomness, agent channel, panic notifier."""
     found: list[str] = []
     if guest.memory.ballooned:
-        caps.require_device("virtio-balloon-pci", f"guest {name}: memory.balloon")
         found += _pci(
+            caps,
+            f"guest {name}: memory.balloon",
+            identity,
             "balloon",
             "virtio-balloon-pci",
-            identity,
             **{
                 "deflate-on-oom": guest.memory.balloon.deflate_on_oom,
                 "free-page-reporting": guest.memory.balloon.free_page_reporting,
@@ -107,8 +106,7 @@ def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds:
     if guest.rng.source:
         found += _rng(name, guest, identity, caps)
     if guest.agent.enabled:
-        for driver in ("virtio-serial-pci", "virtserialport"):
-            caps.require_device(driver, f"guest {name}: agent.enabled")
+        key = f"guest {name}: agent.enabled"
         fd = fds.add(ListenUnix(fds.next_fd, "agent"))
         port = {
             "driver": "virtserialport",
@@ -118,23 +116,23 @@ def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds:
             "name": AGENT_PORT,
         }
         found += ["-chardev", f"socket,id=agent,fd={fd},server=on,wait=off"]
-        found += [*_pci("agent", "virtio-serial-pci", identity, max_ports=2), "-device", to_json(port)]
+        found += _pci(caps, key, identity, "agent", "virtio-serial-pci", max_ports=2) + device_args(caps, key, port)
     if guest.pvpanic.enabled:
-        caps.require_device("pvpanic-pci", f"guest {name}: pvpanic.enabled")
-        found += _pci("pvpanic", "pvpanic-pci", identity)
+        found += _pci(caps, f"guest {name}: pvpanic.enabled", identity, "pvpanic", "pvpanic-pci")
     return found
 
 
 def _rng(name: str, guest: Guest, identity: Identity, caps: Capabilities) -> list[str]:
-    caps.require_device("virtio-rng-pci", f"guest {name}: rng.source")
+    key = f"guest {name}: rng.source"
     source: dict[str, object] = {"qom-type": "rng-builtin", "id": "rng-source"}
     if guest.rng.source != "builtin":
         source = {"qom-type": "rng-random", "id": "rng-source", "filename": guest.rng.source}
     if source["qom-type"] not in caps.object_types:
-        raise NotSupported(f"guest {name}: rng.source: this QEMU {caps.version_text} has no {source['qom-type']}")
-    return ["-object", to_json(source), *_pci("rng", "virtio-rng-pci", identity, rng="rng-source")]
+        raise NotSupported(f"{key}: this QEMU {caps.version_text} has no {source['qom-type']}")
+    return ["-object", to_json(source), *_pci(caps, key, identity, "rng", "virtio-rng-pci", rng="rng-source")]
 
 
-def _pci(device: str, driver: str, identity: Identity, **properties: object) -> list[str]:
+def _pci(caps: Capabilities, key: str, identity: Identity, device: str, driver: str, **properties: object) -> list[str]:
+    """A device in the slot its identity gives it."""
     place = {"bus": defaults.root_bus(identity.machine), "addr": identity.slots[device]}
-    return ["-device", to_json({"driver": driver, "id": device, **place, **properties})]
+    return device_args(caps, key, {"driver": driver, "id": device, **place, **properties})

@@ -12,7 +12,7 @@ from kvmd.qemu import defaults
 from kvmd.qemu.caps import NIC_MODELS, Capabilities, near
 from kvmd.qemu.fds import FdTable, OpenTap, OpenVhostNet
 from kvmd.qemu.identity import Identity
-from kvmd.qemu.text import to_json
+from kvmd.qemu.text import device_args, to_json
 
 # virtio-net: MSI-X vectors for each queue pair, one for configuration, one for control (virtio 1.2, 5.1.2).
 _VECTORS_EXTRA = 2
@@ -42,7 +42,7 @@ def cards(
     for key, nic in defaults.nics(guest).items():
         backend = _user(key, nic, caps, name) if nic.type == "user" else _tap(name, key, nic, caps, fds, vhost=vhost)
         device = _device(name, key, nic, identity, caps, mtus.get(key), boot.get(f"nic-{key}"))
-        found.args += ["-netdev", to_json(backend), "-device", to_json(device)]
+        found.args += ["-netdev", to_json(backend), *device_args(caps, f"guest {name}: nic.{key}", device)]
         if device["driver"] == "virtio-net-pci":
             found.macs[f"nic-{key}"] = identity.macs[key]
     return found

@@ -17,7 +17,7 @@ from kvmd.qemu.caps import Capabilities
 from kvmd.qemu.defaults import CacheMode
 from kvmd.qemu.fds import FdTable, OpenImage
 from kvmd.qemu.identity import Identity
-from kvmd.qemu.text import to_json
+from kvmd.qemu.text import device_args, to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,9 @@ def drives(
         device = f"disk-{key}"
         cache = _checked_cache(name, key, disk, fact, found.warnings)
         found.args += _nodes(name, key, disk, fact, cache, caps, fds)
-        found.args += ["-device", to_json(_device(name, key, disk, cache, identity, caps, boot.get(device)))]
+        found.args += device_args(
+            caps, f"guest {name}: disk.{key}", _device(name, key, disk, cache, identity, boot.get(device))
+        )
         found.shown[device] = node_name(key)
         if not disk.writable:
             found.readonly.add(device)
@@ -145,12 +147,10 @@ def _device(
     disk: Disk,
     cache: CacheMode,
     identity: Identity,
-    caps: Capabilities,
     bootindex: int | None,
 ) -> dict[str, object]:
     bus = defaults.disk_bus(disk, identity.machine)
     driver = "virtio-blk-pci" if bus == "virtio" else "ide-cd"
-    caps.require_device(driver, f"guest {name}: disk.{key}")
     device: dict[str, object] = {"driver": driver, "id": f"disk-{key}"}
     if bus == "virtio":
         device |= {"bus": defaults.root_bus(identity.machine), "addr": identity.slots[f"disk-{key}"]}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from kvmd.qemu.caps import Capabilities
+
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
@@ -20,3 +22,9 @@ def to_json(value: Mapping[str, object]) -> str:
 def double(text: str) -> str:
     """A text as one value in key=value syntax."""
     return text.replace(",", ",,")
+
+
+def device_args(caps: Capabilities, key: str, device: Mapping[str, object]) -> list[str]:
+    """One -device, for `key` of the file. Raises NotSupported when this QEMU lacks the device or a property of it."""
+    caps.require_device(device, key)
+    return ["-device", to_json(device)]

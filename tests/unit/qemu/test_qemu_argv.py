@@ -176,6 +176,7 @@ def test_boards_without_known_slots_are_not_built() -> None:
         ({"netdev_types": frozenset({"tap"})}, {}, "user-mode"),
         ({"device_types": frozenset({"virtio-net-pci"})}, {}, "virtio-balloon-pci"),
         ({"block_drivers": frozenset({"file", "raw"})}, {"disk": {"a": {"file": "/a", "format": "qcow2"}}}, "qcow2"),
+        ({"device_properties": {"virtio-balloon-pci": frozenset({"addr"})}}, {}, "has no deflate-on-oom"),
         ({"aio": frozenset({"threads"})}, {"disk": {"a": {"file": "/a", "format": "raw"}}}, "native"),
     ],
 )

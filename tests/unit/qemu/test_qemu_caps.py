@@ -51,7 +51,7 @@ def test_a_missing_module_is_not_asked_about(replies: dict[str, Any]) -> None:
     fewer = replies | {"qom-list-types:device": kept}
     assert "device-list-properties:virtio-vga" not in dict(device_queries(fewer))
     with pytest.raises(NotSupported, match="virtio-vga"):
-        parse(fewer).require_device("virtio-vga", "guest web: video.model")
+        parse(fewer).require_device({"driver": "virtio-vga"}, "guest web: video.model")
 
 
 def test_an_old_qemu_is_refused(replies: dict[str, Any]) -> None:
