@@ -1,12 +1,11 @@
 """The golden command lines: one TOML guest each in tests/data/qemu/argv, and what is built from it beside it.
 
-Run as a program it writes them anew (scripts/regen does); the change is then read as a diff.
+scripts/regen writes them anew; the change is then read as a diff.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,15 +65,3 @@ def text(built: Launch) -> str:
     lines += ["", *map(str, built.opens)]
     lines += [f"warning: {warning}" for warning in built.warnings]
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Write all goldens."""
-    caps = recorded()
-    for name in names():
-        (DATA / "argv" / f"{name}.args").write_text(text(launch(name, caps)))
-    sys.stdout.write(f"{len(names())} command lines\n")
-
-
-if __name__ == "__main__":
-    main()

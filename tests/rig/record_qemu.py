@@ -1,7 +1,7 @@
 """Record what the QEMU of this machine answers to kvmd's probe, for the unit tests: tests/data/qemu/replies-X.Y.json.
 
-The schema's 800 types are cut down to those `caps.parse` walks; all else is as QEMU said it. Run by
-`scripts/regen --record`.
+The schema's 800 types are cut down to those `caps.parse` walks; all else is as QEMU said it. Run
+it as `python -m tests.rig.record_qemu` when the distribution's QEMU changes, then scripts/regen.
 """
 
 from __future__ import annotations

@@ -331,7 +331,9 @@ def test_a_guest_that_panics_stands_still_and_says_so(caps: Capabilities) -> Non
 def test_the_recording_is_of_this_qemu(caps: Capabilities) -> None:
     recorded = golden_argv.recorded()
     if caps.version[:2] != recorded.version[:2]:
-        pytest.fail(f"QEMU {caps.version_text} here, {recorded.version_text} recorded: run scripts/regen --record")
+        pytest.fail(
+            f"QEMU {caps.version_text} here, {recorded.version_text} recorded: run python -m tests.rig.record_qemu"
+        )
     assert caps == replace(recorded, version=caps.version, package=caps.package)
 
 
