@@ -18,6 +18,7 @@ from kvmd.actions import AnyAction, Disruption, Outcome, PinGuest, RestartGuest,
 from kvmd.config.catalogue import generic, keys_of
 from kvmd.config.desired import Loaded
 from kvmd.config.guest import Guest
+from kvmd.config.files import fingerprint
 from kvmd.config.load import load, save_last_good
 from kvmd.effects import nft, process
 from kvmd.effects.apply import HostApplier
@@ -65,15 +66,21 @@ class Manager:
         self._dnsmasqs = dnsmasqs
         self._spawn = spawn
         self._pass = asyncio.Lock()
+        self._fingerprint: object = None
         self._topology = services.tree.observe_cpus()
         services.admit = self._admit
         services.place = self._place
 
     # ---- files --------------------------------------------------------------------------------------------------
 
+    def load_changes(self) -> Loaded:
+        """Read the files if any of them was written, added or removed since; what they say now."""
+        return self.load() if fingerprint(self.services.paths.config) != self._fingerprint else self.services.loaded
+
     def load(self) -> Loaded:
         """Read the files again; what was good before stands in for what is not good now."""
         paths = self.services.paths
+        self._fingerprint = fingerprint(paths.config)
         loaded = load(paths.config, last_good_dir=paths.last_good, require_root_owner=True)
         save_last_good(loaded, paths.last_good)
         if loaded.faults != self.services.loaded.faults:
@@ -87,7 +94,7 @@ class Manager:
 
     async def refresh(self) -> Loaded:
         """Read the files and give every declared guest its identity, so that networks know all MACs beforehand."""
-        loaded = self.load()
+        loaded = self.load_changes()
         for name in loaded.desired.guests:
             try:
                 await self.services.identify(name)
@@ -118,6 +125,7 @@ class Manager:
 
     async def start(self, name: str, actor: str, *, wait: bool = True) -> bool:
         """Someone wants the guest running. False when it was."""
+        self.load_changes()
         self.services.declared(name)
         supervisor = self.known(name)
         self.services.want(name, "running", actor=actor, reason="start")

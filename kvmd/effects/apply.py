@@ -7,6 +7,7 @@ caller goes on with the next one.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import assert_never
 
 from kvmd.actions import (
@@ -48,7 +49,8 @@ class HostApplier:
             case SetHugepages():
                 key = records.hugepages_key(action.node, action.page_bytes)
                 self._journal(key, str(action.old), str(action.new), action.why)
-                await asyncio.to_thread(self._tree.set_hugepages, action.node, action.page_bytes, action.new)
+                resize = partial(self._tree.set_hugepages, compact=action.compact)
+                await asyncio.to_thread(resize, action.node, action.page_bytes, action.new)
             case EnsureBridge():
                 if action.change == "create":
                     self._journal(records.bridge_key(action.bridge), ABSENT, action.network, action.why)

@@ -62,9 +62,8 @@ class Opener:
         for name, disk in guest.disk.items():
             if not disk.file:
                 continue
-            readonly = disk.readonly or disk.media == "cdrom"
             found = images.open_image(
-                disk.file, writable=not readonly, format=disk.format, roots=self.roots, media=disk.media
+                disk.file, writable=disk.writable, format=disk.format, roots=self.roots, media=disk.media
             )
             self._images[name] = found.fd
             seen[name] = ImageFact(block=found.is_block, direct=found.direct_io)

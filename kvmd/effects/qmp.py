@@ -68,6 +68,8 @@ class Monitor:
         self._client.events.event_filter = lambda _event: False  # it would keep every event for ever
         self._client.register_listener(_Tap(on_event))
         self._watch: asyncio.Task[None] | None = None
+        self._closing = False
+        self._dropping = False
 
     @property
     def connected(self) -> bool:
@@ -76,6 +78,7 @@ class Monitor:
 
     async def connect(self, path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> None:
         """Open the session. Raises Unreachable (nobody listens, or another client holds the monitor)."""
+        self._closing = False
         try:
             async with asyncio.timeout(timeout_s):
                 await self._client.connect(connect_unix(path))
@@ -109,13 +112,12 @@ class Monitor:
         await self.execute("getfd", fdname=name)
 
     async def close(self) -> None:
-        """End the session; `on_lost` is not called."""
+        """End the session; `on_lost` is not called any more."""
+        self._closing = True
+        if not self._dropping:
+            await self._drop()
         if self._watch:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
-            self._watch = None
-        await self._drop()
+            await self._watch
 
     def abandon(self) -> None:
         """Forget the session at once, for this process ends."""
@@ -126,9 +128,13 @@ class Monitor:
     async def _watch_session(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
-        await self._drop()
+        if not self._closing:
+            self._dropping = True  # two callers of disconnect() would race for its one result
+            await self._drop()
+            self._dropping = False
         self._watch = None
-        self._on_lost()
+        if not self._closing:
+            self._on_lost()
 
     async def _drop(self) -> None:
         if self._client.runstate is Runstate.IDLE:

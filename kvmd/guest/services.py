@@ -43,7 +43,6 @@ from kvmd.qemu.caps import Accel, Capabilities
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
 
-BALLOON_POLL_S = 2
 Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
 
 
@@ -252,7 +251,7 @@ class Services:
     # ---- after a birth ------------------------------------------------------------------------------------------
 
     async def verify_and_place(self, name: str, run: GuestRun, monitor: Monitor, launch: Launch | None) -> Born:
-        """Compare what runs with what was asked, pin every thread, switch the balloon's statistics on.
+        """Compare what runs with what was asked, pin every thread.
 
         `launch` is None for a run of an earlier kvmd, of which only the record is left. Raises QemuFailed when
         identity, disks or confinement are not what was asked; the rest becomes warnings.
@@ -271,24 +270,18 @@ class Services:
         placement = self.place(name)
         if placement:
             process.pin(name, pid, threads, placement.vcpus, placement.emulator)
-        return Born(threads, await self._start_balloon(monitor), warnings)
+        return Born(threads, await self._balloon(monitor), warnings)
 
     async def inspect(self, monitor: Monitor) -> Born:
         """What has to be known of a guest that runs already. QemuFailed, TimedOut, Unreachable."""
         threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
-        return Born(threads, await self._start_balloon(monitor), ())
+        return Born(threads, await self._balloon(monitor), ())
 
-    async def _start_balloon(self, monitor: Monitor) -> int | None:
-        """Statistics every BALLOON_POLL_S; the guest's present size, None without a balloon."""
-        with contextlib.suppress(QemuFailed):
-            await monitor.execute(
-                "qom-set",
-                path="/machine/peripheral/balloon",
-                property="guest-stats-polling-interval",
-                value=BALLOON_POLL_S,
-            )
-            balloon = await monitor.execute("query-balloon")
-            return int(balloon["actual"])
+    @staticmethod
+    async def _balloon(monitor: Monitor) -> int | None:
+        """The guest's present size in bytes, None without a balloon device."""
+        with contextlib.suppress(QemuFailed, KeyError, TypeError, ValueError):
+            return int((await monitor.execute("query-balloon"))["actual"])
         return None
 
     def find_qemu(self, run: GuestRun) -> Process | None:
@@ -312,7 +305,7 @@ class Services:
         shutil.rmtree(self.paths.guest_run(name), ignore_errors=True)
 
     def want(self, name: str, state: WantedState, *, actor: str, reason: str) -> None:
-        """Record where the guest shall be from now on."""
+        """Record where the guest shall be from now on. HostFailed when the state cannot be written."""
         self.store.set_wanted(name, state, actor, reason, self.now())
 
     def restart_refusal(self, name: str) -> str | None:

@@ -132,12 +132,12 @@ class Supervisor:
 
     async def reset(self) -> None:
         """The reset button: the guest starts over in the same QEMU."""
-        await self._monitor().execute("system_reset")
+        await self.qmp("system_reset")
 
     async def reboot(self) -> None:
         """Ask the guest to reboot itself, as Ctrl-Alt-Del at its keyboard does."""
         keys = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
-        await self._monitor().execute("send-key", keys=keys)
+        await self.qmp("send-key", keys=keys)
 
     async def qmp(self, command: str, **arguments: Any) -> Any:
         """Run one QMP command on the running guest. QemuFailed, TimedOut, Unreachable, Conflict."""
@@ -153,6 +153,12 @@ class Supervisor:
             self._feed(lifecycle.StartAsked("systemd"))
         if self._birth is None or not self._birth.accept(asking):
             asking.refuse(f"kvmd expects no start of guest {self.name} by pid {asking.pid}")
+
+    def note_balloon(self, actual_bytes: int) -> None:
+        """The guest's memory is seen to be this much."""
+        if actual_bytes != self.status.balloon_bytes:
+            self.status = replace(self.status, balloon_bytes=actual_bytes, observed_at=self.services.now())
+            self.on_change(self.name)
 
     # ---- adoption ---------------------------------------------------------------------------------------------
 
@@ -216,7 +222,7 @@ class Supervisor:
             case Effect.RESTART:
                 self._spawn(self._restart(), "restart")
             case Effect.WANT_STOPPED:
-                self.services.want(self.name, "stopped", actor="guest", reason=self.status.life.reason)
+                self._want_stopped()
 
     def _on_qmp_event(self, message: Mapping[str, Any]) -> None:
         match qmp_events.translate(message):
@@ -234,8 +240,7 @@ class Supervisor:
             case qmp_events.Reset(by_guest=by_guest):
                 self.services.publish("guest.reset", self.name, None, {"by_guest": by_guest})
             case qmp_events.BalloonMoved(actual_bytes=actual):
-                self.status = replace(self.status, balloon_bytes=actual, observed_at=self.services.now())
-                self.on_change(self.name)
+                self.note_balloon(actual)
             case _:
                 pass
 
@@ -355,6 +360,12 @@ class Supervisor:
         life = self.status.life
         self.services.store.end_run(self.name, str(life.cause or ""), life.reason, self.services.now())
         self.status = replace(self.status, process=None, balloon_bytes=None, warnings=())
+
+    def _want_stopped(self) -> None:
+        try:
+            self.services.want(self.name, "stopped", actor="guest", reason=self.status.life.reason)
+        except KvmdError as error:  # a full disk: the guest is off all the same
+            _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
 
     async def _restart(self) -> None:
         refusal = self.services.restart_refusal(self.name)

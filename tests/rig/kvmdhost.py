@@ -122,7 +122,8 @@ class KvmdHost:
 
     def call(self, method: str, timeout_s: float = 120.0, **params: Any) -> Any:
         """One API call; RemoteError is raised as the client does."""
-        return Client(self.run / "kvmd.sock", timeout_s).call(method, params)
+        with Client(self.run / "kvmd.sock", timeout_s) as client:
+            return client.call(method, params)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run kvmd-cli as a user would."""

@@ -1,0 +1,102 @@
+"""The tuning agent's eyes and hands: host sensors, the supervisors' monitors, the journalled knobs.
+
+Guests are looked up by name at each call; nothing here judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvmd.actions import WriteKnob
+from kvmd.effects.apply import HostApplier
+from kvmd.effects.sensors import KSM, HostSensors
+from kvmd.errors import QemuFailed
+from kvmd.guest.lifecycle import ALIVE
+from kvmd.guest.services import started_config
+from kvmd.guest.supervisor import Supervisor
+from kvmd.manager import Manager
+from kvmd.tuning.agent import Settings
+from kvmd.tuning.ksm import KsmSample
+from kvmd.tuning.limits import ksm_limits_of, limits_of
+from kvmd.tuning.snapshot import BalloonReading, GuestFacts, HostSample
+
+BALLOON = "/machine/peripheral/balloon"
+
+
+class GuestMemory:
+    """Sensors and actuators of one Agent."""
+
+    def __init__(self, manager: Manager, applier: HostApplier) -> None:
+        self._manager = manager
+        self._applier = applier
+        self._host = HostSensors()
+        self._total_bytes = manager.services.tree.observe_memory().total_bytes
+
+    def settings(self) -> Settings:
+        """What the files say now."""
+        desired = self._manager.services.loaded.desired
+        limits = limits_of(desired.host, desired.guests, total_bytes=self._total_bytes)
+        return Settings(limits, ksm_limits_of(desired.host, desired.guests))
+
+    # ---- eyes
+
+    def host(self) -> HostSample | None:
+        """/proc now."""
+        return self._host.host()
+
+    def ksm(self) -> KsmSample | None:
+        """/sys/kernel/mm/ksm now."""
+        return self._host.ksm()
+
+    def rss_bytes(self, pid: int) -> int | None:
+        """Resident memory of a QEMU."""
+        return self._host.rss_bytes(pid)
+
+    def guests(self) -> Sequence[GuestFacts]:
+        """All guests with a QEMU, as they were started."""
+        alive = (s for s in self._manager.supervisors.values() if s.state in ALIVE and s.record)
+        return [self._facts(supervisor) for supervisor in alive]
+
+    def _facts(self, supervisor: Supervisor) -> GuestFacts:
+        run, status = supervisor.record, supervisor.status
+        memory = started_config(run).get("memory", {}) if run else {}
+        begun = run.running_at or run.begun_at if run else 0.0
+        return GuestFacts(
+            name=supervisor.name,
+            memory_bytes=int(memory.get("size", 0)),
+            state=status.life.state.value,
+            booted_s=max(0.0, self._manager.services.now() - begun),
+            balloon=status.balloon_bytes is not None,
+            hugepages=memory.get("backing") == "hugepages",
+            locked=bool(memory.get("lock")),
+            pid=status.process.pid if status.process else None,
+        )
+
+    async def balloon(self, name: str) -> BalloonReading:
+        """The driver's last report and the present size. KvmdError."""
+        supervisor = self._manager.known(name)
+        stats = await supervisor.qmp("qom-get", path=BALLOON, property="guest-stats")
+        actual = await supervisor.qmp("query-balloon")
+        if not isinstance(actual, dict) or not isinstance(actual.get("actual"), int):
+            raise QemuFailed(f"guest {name}: query-balloon answered something else than a size")
+        supervisor.note_balloon(actual["actual"])
+        return BalloonReading.from_qmp(actual["actual"], stats if isinstance(stats, dict) else None)
+
+    # ---- hands
+
+    async def set_balloon(self, name: str, target_bytes: int) -> None:
+        """Ask the guest's driver for this size. KvmdError."""
+        await self._manager.known(name).qmp("balloon", value=target_bytes)
+
+    async def set_stats_interval(self, name: str, interval_s: int) -> None:
+        """How often the driver reports. KvmdError."""
+        await self._manager.known(name).qmp(
+            "qom-set", path=BALLOON, property="guest-stats-polling-interval", value=interval_s
+        )
+
+    async def write_ksm_pages(self, pages_to_scan: int) -> None:
+        """Journalled, as every write to the host. KvmdError."""
+        path = f"{KSM}/pages_to_scan"
+        old = self._manager.services.tree.read(path) or ""
+        why = "the tuning agent drives page merging"
+        await self._applier.apply(WriteKnob(path=path, old=old, new=str(pages_to_scan), why=why, requirement=False))
