@@ -19,7 +19,7 @@ import re
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_interface
 from types import TracebackType
 from typing import Any, TypeVar
@@ -59,9 +59,9 @@ _HINTS = {
 
 
 def _code(error: Exception) -> int:
-    """errno of an OSError or of pyroute2's NetlinkError; 0 for a dump that was interrupted."""
+    """errno of an OSError or of pyroute2's NetlinkError, which gives -1 for a dump that a change interrupted."""
     code: int = getattr(error, "code", None) or getattr(error, "errno", None) or 0
-    return abs(code)
+    return errno.EINTR if code == -1 else abs(code)
 
 
 def _refused(what: str, error: Exception) -> HostFailed:
@@ -71,60 +71,78 @@ def _refused(what: str, error: Exception) -> HostFailed:
 
 
 class Netlink:
-    """One rtnetlink socket in the network namespace of the thread that enters it."""
+    """One rtnetlink socket in the network namespace of the thread that uses it first; opened at first use.
 
-    def __init__(self) -> None:
+    `pauses_s` are the waits between tries of what the kernel calls temporary.
+    """
+
+    def __init__(self, *, pauses_s: tuple[float, ...] = _PAUSES_S) -> None:
+        self._pauses_s = pauses_s
         self._route: Any = None
         self._errors: tuple[type[Exception], ...] = (OSError,)
+        self._opening = asyncio.Lock()
 
     async def __aenter__(self) -> Netlink:
-        linux = await asyncio.to_thread(importlib.import_module, "pyroute2.iproute.linux")
-        exceptions = importlib.import_module("pyroute2.netlink.exceptions")
-        self._errors = (OSError, exceptions.NetlinkError)
-        self._route = linux.AsyncIPRoute()
-        try:
-            await self._route.__aenter__()
-        except self._errors as error:
-            raise _refused("open a netlink socket", error) from None
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._route.__aexit__(kind, value, trace)
+        if self._route is not None:
+            await self._route.__aexit__(kind, value, trace)
+            self._route = None
 
-    async def _request(self, what: str, send: Callable[[], Awaitable[T]], *, gone_ok: bool = False) -> T | None:
-        """One request with deadline and retries. None if the object was gone and that is fine. Raises HostFailed."""
-        for pause in (*_PAUSES_S, None):
+    async def _open(self) -> Any:
+        async with self._opening:
+            if self._route is None:
+                linux = await asyncio.to_thread(importlib.import_module, "pyroute2.iproute.linux")
+                exceptions = importlib.import_module("pyroute2.netlink.exceptions")
+                self._errors = (OSError, exceptions.NetlinkError)
+                route = linux.AsyncIPRoute()
+                try:
+                    await route.__aenter__()
+                except self._errors as error:
+                    raise _refused("open a netlink socket", error) from None
+                self._route = route
+        return self._route
+
+    async def _request(self, what: str, send: Callable[[Any], Awaitable[T]], *, gone_ok: bool = False) -> T | None:
+        """One request with deadline and retries; `send` gets the AsyncIPRoute.
+
+        None if the object was gone and that is fine. Raises HostFailed.
+        """
+        route = self._route or await self._open()
+        for pause in (*self._pauses_s, None):
             try:
                 async with asyncio.timeout(_DEADLINE_S):
-                    return await send()
+                    return await send(route)
             except TimeoutError:
                 hint = "something holds the kernel's RTNL lock; look at `journalctl -k`"
                 raise HostFailed(f"cannot {what}: no answer within {_DEADLINE_S:g} s", hint=hint) from None
             except self._errors as error:
                 if gone_ok and _code(error) in _GONE:
                     return None
-                # 0: the dump was interrupted by a change, and is to be made anew
-                if pause is None or _code(error) not in _TEMPORARY | {0}:
+                if pause is None or _code(error) not in _TEMPORARY:
                     raise _refused(what, error) from None
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
     async def _link(self, what: str, command: str, *, gone_ok: bool = False, **values: Any) -> None:
-        await self._request(what, lambda: self._route.link(command, **values), gone_ok=gone_ok)
+        await self._request(what, lambda route: route.link(command, **values), gone_ok=gone_ok)
 
-    async def _dump(self, what: str, dump: Callable[..., Awaitable[AsyncIterator[Any]]], **match: Any) -> list[Any]:
-        async def collect() -> list[Any]:
-            return [message async for message in await dump("dump", **match)]
+    async def _dump(self, kind: str, what: str, **match: Any) -> list[Any]:
+        """All messages of `kind` ("link", "addr"). One that a change interrupted is made anew."""
+
+        async def collect(route: Any) -> list[Any]:
+            return [message async for message in await getattr(route, kind)("dump", **match)]
 
         return await self._request(f"read {what}", collect) or []
 
     async def observe_links(self) -> tuple[Link, ...]:
         """Every link of the namespace with its addresses (without fe80 ones), in index order. Raises HostFailed."""
-        messages = await self._dump("the links", self._route.link)
+        messages = await self._dump("link", "the links")
         addresses: defaultdict[int, list[str]] = defaultdict(list)
-        for message in await self._dump("the addresses", self._route.addr):
+        for message in await self._dump("addr", "the addresses"):
             address = _address(message)
             if address:
                 addresses[message["index"]].append(address)
@@ -135,12 +153,12 @@ class Netlink:
     async def _find(self, name: str) -> Link | None:
         """One link by name, with its addresses."""
         messages = await self._request(
-            f"look at link {name}", lambda: self._route.link("get", ifname=name), gone_ok=True
+            f"look at link {name}", lambda route: route.link("get", ifname=name), gone_ok=True
         )
         if not messages:
             return None
         index = messages[0]["index"]
-        found = map(_address, await self._dump(f"the addresses of {name}", self._route.addr, index=index))
+        found = map(_address, await self._dump("addr", f"the addresses of {name}", index=index))
         return _link_fact(messages[0], {}, tuple(filter(None, found)))
 
     async def ensure_bridge(self, action: EnsureBridge) -> None:
@@ -195,7 +213,7 @@ class Netlink:
             values["broadcast"] = str(interface.network.broadcast_address)
         what = f"{'give' if command == 'add' else 'take'} {link.name} the address {text}"
         try:
-            await self._request(what, lambda: self._route.addr(command, **values), gone_ok=command == "del")
+            await self._request(what, lambda route: route.addr(command, **values), gone_ok=command == "del")
         except HostFailed as error:
             if error.details.get("errno") != errno.EEXIST:
                 raise
@@ -260,7 +278,7 @@ class Netlink:
         if isolated:
             await self._request(
                 f"isolate TAP {name} from other ports of {bridge}",
-                lambda: self._route.brport("set", index=index, isolated=1),
+                lambda route: route.brport("set", index=index, isolated=1),
             )
         # Up at last: no frame passes before the address mode and the isolation are set.
         await self._link(what, "set", index=index, state="up")
