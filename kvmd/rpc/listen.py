@@ -62,7 +62,7 @@ def listen_unix(path: Path, *, mode: int = 0o666) -> UnixListener:
     except Conflict as error:
         fault = error
     except OSError as error:
-        fault = HostFailed(f"{path}: {error.strerror}", hint="is the directory writable?")
+        fault = HostFailed(f"{path}: {error.strerror or error}", hint="is the directory writable, the name short?")
     sock.close()
     os.close(lock_fd)
     raise fault

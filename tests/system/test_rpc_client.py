@@ -244,9 +244,9 @@ def test_the_answer_does_not_come(answering: Callable[[bytes], Path], reply: byt
 
 
 def test_an_error_without_data_is_still_one(answering: Callable[[bytes], Path]) -> None:
-    with Client(answering(b'{"id":1,"error":{"code":-1,"message":"m"}}\n')) as client:
-        with pytest.raises(RemoteError, match="m") as caught:
-            client.call("daemon.ping")
+    path = answering(b'{"id":1,"error":{"code":-1,"message":"m"}}\n')
+    with Client(path) as client, pytest.raises(RemoteError, match="m") as caught:
+        client.call("daemon.ping")
     assert (caught.value.slug, caught.value.exit_code, caught.value.hint) == ("failed", 1, None)
 
 

@@ -114,9 +114,12 @@ def test_no_directory(tmp_path: Path) -> None:
         listen_unix(tmp_path / "none" / "s")
 
 
-def test_a_name_no_file_system_takes(tmp_path: Path) -> None:
-    with pytest.raises(HostFailed):
-        listen_unix(tmp_path / ("s" * 252))
+@pytest.mark.parametrize(("length", "says"), [(252, "File name too long"), (250, "path too long")])
+def test_a_name_too_long_by_itself(tmp_path: Path, length: int, says: str) -> None:
+    """252 with ".lock" is more than a file system takes, 250 more than a socket address takes after /proc/self/fd."""
+    with pytest.raises(HostFailed, match=says):
+        listen_unix(tmp_path / ("s" * length))
+    assert [entry for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")] == []
 
 
 @pytest.mark.parametrize("length", [PATH_BYTES, PATH_BYTES + 1, 200])
