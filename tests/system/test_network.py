@@ -35,13 +35,15 @@ from kvmd.config.guest import Guest
 from kvmd.config.network import Network
 from kvmd.effects import nft
 from kvmd.effects.dnsmasq import Dnsmasqs
-from kvmd.effects.netlink import Netlink
+from kvmd.effects.netlink import Netlink, watch_links
 from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.errors import Conflict, HostFailed
 from kvmd.facts import Facts, Link
+from kvmd.plan.firewall import foreign_forward_drops
 from kvmd.plan.network import FORWARDING, bridge_mac, plan_network, tap_alias, tap_mac, tap_name
 from kvmd.units import Duration
+from tests.rig import golden_network
 from tests.rig.netns import Namespace, inside, private_namespace, veth
 
 pytestmark = pytest.mark.system
@@ -617,3 +619,55 @@ async def test_guests_isolated_from_each_other_still_reach_the_host(rig: Rig, tm
         assert ping(one, "192.168.50.1")
         one.ip(f"route add {address}/32 via 192.168.50.1")  # by way of the host's own forwarding
         assert not ping(one, address)
+
+
+def test_the_golden_texts_are_what_nft_and_dnsmasq_take(tmp_path: Path) -> None:
+    texts = golden_network.texts()
+    assert "ruleset.nft" in texts and len(texts) > 3
+    with private_namespace("golden") as namespace:
+        for name, text in texts.items():
+            file = tmp_path / name
+            file.write_text(text)
+            if name.endswith(".nft"):
+                namespace.run("nft", "-c", "-f", str(file))
+            else:
+                assert "syntax check OK" in namespace.run("dnsmasq", "--test", f"--conf-file={file}")
+
+
+async def test_doctor_sees_a_forward_policy_and_what_mends_it(rig: Rig, tmp_path: Path) -> None:
+    rig.networks = {"lan": nat()}
+    await rig.converge()
+    assert foreign_forward_drops(await nft.list_ruleset(), "kvlan") == ()
+    rig.host.run("nft", "add table ip filter")
+    rig.host.run("nft", "add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+    (finding,) = foreign_forward_drops(await nft.list_ruleset(), "kvlan")
+    assert (finding.where, finding.what) == ("table ip filter, chain FORWARD", "policy drop")
+    with internet(rig) as outside, plugged_in(rig, "kvlan") as web:
+        lease(web, tmp_path)
+        with web_server(outside, tmp_path / "page", "hello", "203.0.113.9"):
+            assert "hello" not in fetch(web, "203.0.113.9", timeout_s=2), "the finding is not the cause"
+            rig.host.run("nft", "add rule ip filter FORWARD iifname kvlan accept")
+            rig.host.run("nft", "add rule ip filter FORWARD oifname kvlan accept")
+            assert "hello" in fetch(web, "203.0.113.9")
+            assert foreign_forward_drops(await nft.list_ruleset(), "kvlan") == ()
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 20, 1])
+async def test_links_that_change_are_told_even_when_messages_are_lost(rig: Rig, buffer_bytes: int) -> None:
+    changes: asyncio.Queue[None] = asyncio.Queue()
+    watching = asyncio.create_task(
+        watch_links(lambda: changes.put_nowait(None), settle_s=0.2, buffer_bytes=buffer_bytes)
+    )
+    try:
+        await asyncio.sleep(0.3)
+        assert changes.empty()
+        for number in range(30):
+            rig.host.ip(f"link add kvt{number} type bridge")
+        await asyncio.wait_for(changes.get(), 5)
+        await asyncio.sleep(0.5)
+        assert changes.empty(), "a burst is one change"
+        rig.host.ip("link del kvt7")
+        await asyncio.wait_for(changes.get(), 5)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
