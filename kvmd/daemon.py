@@ -222,7 +222,7 @@ def main() -> int:
     try:
         asyncio.run(Daemon(paths, wish).run())
     except Conflict as error:
-        print(f"kvmd: {error.message}", file=sys.stderr)
+        sys.stderr.write(f"kvmd: {error.message}\n")
         return error.exit_code
     except KvmdError as error:
         _log.error("%s", error)

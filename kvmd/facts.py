@@ -14,6 +14,7 @@ from typing import Any
 from kvmd.units import CpuSet
 
 EMPTY: Mapping[Any, Any] = MappingProxyType({})
+NO_CPUS = CpuSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class CpuTopology:
     """All online CPUs, and what the kernel command line took out of scheduling."""
 
     cpus: tuple[Cpu, ...] = ()
-    isolated: CpuSet = CpuSet()
-    nohz_full: CpuSet = CpuSet()
-    allowed: CpuSet = CpuSet()  # what this process may use (its cpuset)
+    isolated: CpuSet = NO_CPUS
+    nohz_full: CpuSet = NO_CPUS
+    allowed: CpuSet = NO_CPUS  # what this process may use (its cpuset)
     distances: tuple[tuple[int, ...], ...] = ()  # distances[i][j] of the i-th and j-th node in node order
 
     @property

@@ -17,8 +17,8 @@ from typing import Any
 from kvmd.actions import AnyAction, Disruption, Outcome, PinGuest, RestartGuest, StartGuest, StopGuest
 from kvmd.config.catalogue import generic, keys_of
 from kvmd.config.desired import Loaded
-from kvmd.config.guest import Guest
 from kvmd.config.files import fingerprint
+from kvmd.config.guest import Guest
 from kvmd.config.load import load, save_last_good
 from kvmd.effects import nft, process
 from kvmd.effects.apply import HostApplier

@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,13 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
-from kvmd.errors import ConfigInvalid, NotFound, QemuFailed, Refused
+from kvmd.errors import ConfigInvalid, NotFound, QemuFailed
 from kvmd.facts import Process
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
 from kvmd.plan.network import tap_name
-from kvmd.qemu import argv, identity, verify
-from kvmd.qemu.caps import Accel, Capabilities
+from kvmd.qemu import argv, explain, identity, verify
+from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
 
@@ -54,6 +54,7 @@ class Decided:
     run: GuestRun
     identity: Identity
     accel: Accel
+    warning: str | None  # about the accelerator
     caps: Capabilities
     emulator: str  # absolute path
     placement: Placement | None
@@ -82,7 +83,7 @@ class Services:
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
     loaded: Loaded = field(default_factory=lambda: Loaded(desired=Desired()))
     _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
-    _kvm: bool = False
+    _kvm: Kvm = field(default_factory=lambda: Kvm(usable=False, reason="not looked at yet", fix=None))
 
     # ---- the guest as its file has it ---------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class Services:
         self.admit(name)
         placement = self.place(name)
         emulator = self._emulator(guest)
-        accel = await self._accel(guest, emulator)
+        accel, warning = await self._accel(guest, emulator)
         caps = await self._capabilities(emulator, accel)
         ident = self._allot_identity(name, guest, caps)
         low, high = self.loaded.desired.daemon.qemu.uid_range
@@ -133,7 +134,15 @@ class Services:
             begun_at=self.now(),
             config_text=guest.model_dump_json(by_alias=True),
         )
-        return Decided(guest, run, ident, accel, caps, emulator, placement)
+        return Decided(guest, run, ident, accel, warning, caps, emulator, placement)
+
+    async def explain(self, name: str) -> tuple[explain.Line, ...]:
+        """Every value of the guest that its file does not say, with the reason. As `decide`, without touching state."""
+        guest = self.declared(name)
+        emulator = self._emulator(guest)
+        accel, _ = await self._accel(guest, emulator)
+        caps = await self._capabilities(emulator, accel)
+        return explain.explain(name, guest, caps, self._allot_identity(name, guest, caps), accel=accel)
 
     async def identify(self, name: str) -> None:
         """Give a guest its identity before its first start. QemuFailed, NotSupported, Refused."""
@@ -144,20 +153,12 @@ class Services:
     def _emulator(self, guest: Guest) -> str:
         return _resolve(guest.machine.emulator or self.loaded.desired.daemon.qemu.emulator)
 
-    async def _accel(self, guest: Guest, emulator: str) -> Accel:
-        """kvm refuses with the fix, auto falls back to TCG, tcg was asked for."""
-        if guest.machine.accel == "tcg":
-            return "tcg"
-        if self._kvm:
-            return "kvm"
-        low, _ = self.loaded.desired.daemon.qemu.uid_range
-        found = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
-        self._kvm = found.usable
-        if found.usable:
-            return "kvm"
-        if guest.machine.accel == "auto":
-            return "tcg"
-        raise Refused(f"KVM cannot be used: {found.reason}", hint=f'{found.fix}; or machine.accel = "auto" or "tcg"')
+    async def _accel(self, guest: Guest, emulator: str) -> tuple[Accel, str | None]:
+        """The accelerator and a warning; KVM is proved once and asked for again as long as it was not usable."""
+        if guest.machine.accel != "tcg" and not self._kvm.usable:
+            low, _ = self.loaded.desired.daemon.qemu.uid_range
+            self._kvm = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
+        return choose_accel(guest.machine.accel, self._kvm)
 
     async def _capabilities(self, emulator: str, accel: Accel) -> Capabilities:
         key = (emulator, *_stamp(emulator), accel)
@@ -212,6 +213,8 @@ class Services:
             )
             files.ensure_dir(opener.run_dir, 0o711)
             files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
+            if decided.warning:
+                launch = replace(launch, warnings=(decided.warning, *launch.warnings))
             return launch, await opener.open_all(launch.opens, self._taps(name, decided))
         except BaseException:
             opener.close()
@@ -258,7 +261,7 @@ class Services:
         """
         warnings: tuple[str, ...] = launch.warnings if launch else ()
         if launch:
-            replies = {ask.label: await monitor.execute(ask.command, **ask.arguments) for ask in verify.queries(launch)}
+            replies = {ask.label: await _ask(monitor, ask) for ask in verify.queries(launch)}
             found = verify.check_running(launch, replies)
             grave = [mismatch for mismatch in found if mismatch.severity == "refuse"]
             if grave:
@@ -365,6 +368,14 @@ def started_config(run: GuestRun) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+async def _ask(monitor: Monitor, query: verify.Query) -> Any:
+    """A reply, None where QEMU has none: a wrong verifier must not stop a host."""
+    try:
+        return await monitor.execute(query.command, **query.arguments)
+    except QemuFailed:
+        return None
 
 
 def _resolve(emulator: str) -> str:

@@ -43,6 +43,7 @@ class Methods:
         table: tuple[tuple[str, str, type[BaseModel], type[BaseModel], Handler[Any]], ...] = (
             ("guest.list", "viewer", NoParams, results.GuestList, self.guest_list),
             ("guest.show", "viewer", results.GuestParams, results.GuestDetail, self.guest_show),
+            ("guest.explain", "viewer", results.GuestParams, results.Derived, self.guest_explain),
             ("guest.start", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_start),
             ("guest.stop", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_stop),
             ("guest.kill", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_kill),
@@ -105,6 +106,13 @@ class Methods:
             warnings=supervisor.status.warnings,
             argv=run.argv if run else (),
             log_dir=str(services.paths.guest_log(name)),
+        )
+
+    async def guest_explain(self, params: results.GuestParams, _call: Call) -> results.Derived:
+        """Where each value comes from that a guest's file does not give"""
+        lines = await self._manager.services.explain(params.name)
+        return results.Derived(
+            values=tuple(results.DerivedValue(key=key, value=value, reason=reason) for key, value, reason in lines)
         )
 
     async def guest_start(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:

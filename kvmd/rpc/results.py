@@ -113,6 +113,20 @@ class GuestDetail(GuestSummary):
     log_dir: str
 
 
+class DerivedValue(Shape):
+    """One value kvmd decided: the key that would set it, what it is, and why."""
+
+    key: str
+    value: str
+    reason: str
+
+
+class Derived(Shape):
+    """All values a guest's file leaves to kvmd."""
+
+    values: tuple[DerivedValue, ...]
+
+
 # -- the host
 
 
