@@ -111,7 +111,7 @@ class Method:
             )
         try:
             # By way of JSON, because strict Python input would refuse an array where the model has a tuple.
-            return self.params.model_validate_json(json.dumps(params or {}), strict=True)
+            return self.params.model_validate_json(json.dumps(params) if params else "{}", strict=True)
         except ValidationError as error:
             raise _params_fault(self, error) from None
 
