@@ -26,7 +26,7 @@ def nothing(view: GuestView, host: HostView) -> Decision:
     if view.pressed:
         return _none(view, "full", f"{view.pressed}, and it has all of its {mib(view.memory_bytes)}: raise memory.size")
     available = mib(view.available_bytes or 0)
-    if view.target_bytes >= view.memory_bytes:
+    if view.target_bytes >= view.memory_bytes and view.rest is None:
         return _none(
             view, "content", f"not pressed ({available} available in it) and nobody needs its memory; {host.why}"
         )
