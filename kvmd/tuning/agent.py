@@ -223,7 +223,8 @@ class Agent:
                 group.create_task(self._read(name, c.TICK_S if name in self._busy else quiet_s))
 
     def _is_due(self, name: str, now: float) -> bool:
-        return name in self._busy or now >= self._watched[name].next_s
+        watched = self._watched[name]
+        return now >= watched.next_s or (name in self._busy and not watched.failed)
 
     async def _read(self, name: str, poll_s: float) -> None:
         """One guest's balloon, and the pace of its reports. A failure is told when it begins and when it is over."""
@@ -238,7 +239,9 @@ class Agent:
         except (KvmdError, TimeoutError) as error:
             watched.next_s = self._clock.monotonic() + max(poll_s, RETRY_AFTER_FAILURE_S)
             if not watched.failed:
-                _log.warning("balloon of %s does not answer: %s", name, error or "timed out", extra={"GUEST": name})
+                _log.warning(
+                    "balloon of %s does not answer: %s", name, str(error) or "timed out", extra={"GUEST": name}
+                )
             watched.failed = True
             return
         if watched.failed:
@@ -292,7 +295,7 @@ class Agent:
                 "balloon of %s could not be set to %s: %s",
                 decision.guest,
                 mib(decision.to_bytes),
-                error or "timed out",
+                str(error) or "timed out",
                 extra={"GUEST": decision.guest},
             )
             return False
