@@ -25,7 +25,7 @@ from kvmd.effects.apply import HostApplier
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.handover import Asking, HandoverServer, listen_private
 from kvmd.effects.history import History
-from kvmd.effects.netlink import Netlink
+from kvmd.effects.netlink import Netlink, watch_links
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.errors import Conflict, KvmdError
@@ -48,6 +48,8 @@ from kvmd.tuning.wiring import GuestMemory
 _log = logging.getLogger(__name__)
 FLUSH_S = 0.5  # history is telemetry: half a second of it may be lost with the power
 PRUNE_S = 600.0
+ROTATE_S = 20.0  # a guest that writes 1 MiB/s to its console overshoots its cap by 20 MiB at most
+REPAIR_S = 5.0  # between two passes that nobody asked for: whoever fights over a bridge is fought slowly
 
 
 class Daemon:
@@ -123,6 +125,10 @@ class Daemon:
             await _reconcile(manager, "boot")
             systemd.notify("READY=1", f"STATUS={len(manager.supervisors)} guests")
             _log.info("kvmd %s is ready", __version__)
+            mender = Mender(manager)
+            tasks.append(group.create_task(mender.run(), name="mender"))
+            tasks.append(group.create_task(dnsmasqs.watch(mender.dnsmasq_ended), name="dnsmasq"))
+            tasks.append(group.create_task(watch_links(mender.links_changed), name="links"))
             tasks.append(group.create_task(agent.run(), name="tuning"))
             tasks.append(group.create_task(_reload(reloading, manager, server), name="reload"))
             await stopping.wait()
@@ -137,16 +143,51 @@ class Daemon:
         return self._supervisor == "systemd"
 
     async def _keep_history(self, manager: Manager, history: History) -> None:
-        """Write what is buffered; drop what is too old or too much."""
+        """Write what is buffered; drop what is too old or too much, of events and of guests' logs."""
         loop = asyncio.get_running_loop()
-        next_prune = loop.time()
+        next_prune = next_rotation = loop.time()
         while True:
             await asyncio.sleep(FLUSH_S)
             history.flush()
+            if loop.time() >= next_rotation:
+                next_rotation = loop.time() + ROTATE_S
+                for name in manager.supervisors:
+                    manager.services.rotate_logs(name)
             if loop.time() >= next_prune:
                 next_prune = loop.time() + PRUNE_S
                 wish = manager.services.loaded.desired.daemon.history
                 history.prune(Services.now(), wish.events, wish.max_size)
+
+
+class Mender:
+    """Reconciles when something of ours ended or changed without us; never more often than every REPAIR_S."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+        self._wanted = asyncio.Event()
+        self._not_before = 0.0
+
+    def dnsmasq_ended(self, network: str, retry_in_s: float) -> None:
+        """A network's DHCP server ended by itself."""
+        _log.error("network %s: dnsmasq ended; kvmd starts it again in %g s", network, retry_in_s)
+        self._manager.services.publish("network.degraded", None, None, {"network": network, "reason": "dnsmasq ended"})
+        self._not_before = asyncio.get_running_loop().time() + retry_in_s
+        self._wanted.set()
+
+    def links_changed(self) -> None:
+        """Some link came, went or changed."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """For ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wanted.wait()
+            await asyncio.sleep(max(0.0, self._not_before - loop.time()))
+            self._wanted.clear()
+            if self._manager.services.loaded.desired.networks:
+                await _reconcile(self._manager, "kvmd")
+            self._not_before = loop.time() + REPAIR_S
 
 
 async def _reconcile(manager: Manager, actor: str) -> None:
@@ -205,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--state-dir", type=Path, default=STATE_DIR)
     arguments.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments.add_argument("--log-dir", type=Path, default=None, help="default: /var/log/kvmd, or STATE_DIR/log")
-    arguments.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    arguments.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default: log.level")
     arguments.add_argument("--version", action="version", version=f"kvmd {__version__}")
     return arguments
 
@@ -216,11 +257,11 @@ def main() -> int:
 
     options = parser().parse_args()
     logging.basicConfig(level=logging.WARNING, handlers=[systemd.log_handler()])
-    logging.getLogger("kvmd").setLevel(options.log_level.upper())
     paths = Paths.of(options.config_dir, options.state_dir, options.run_dir, options.log_dir)
-    wish = load(paths.config, last_good_dir=paths.last_good).desired.daemon.qemu.supervisor
+    wish = load(paths.config, last_good_dir=paths.last_good).desired.daemon
+    logging.getLogger("kvmd").setLevel((options.log_level or wish.log.level).upper())
     try:
-        asyncio.run(Daemon(paths, wish).run())
+        asyncio.run(Daemon(paths, wish.qemu.supervisor).run())
     except Conflict as error:
         sys.stderr.write(f"kvmd: {error.message}\n")
         return error.exit_code

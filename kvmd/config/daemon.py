@@ -89,7 +89,7 @@ class History(Table):
     """[history]"""
 
     events: DurationT = key(Duration(90 * 86400), "How long events are kept.", mark="~", example='"90d"')
-    samples: DurationT = key(Duration(86400), "How long samples are kept.", mark="~", example='"24h"')
+    samples: None = later("duration", "How long samples are kept.", mark="~")
     max_size: PositiveSize = key(Size(512 << 20), "Of history.db.", mark="~", unit="bytes", example='"512MiB"')
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from kvmd.config.desired import Desired, Loaded
-from kvmd.config.guest import Guest
+from kvmd.config.guest import Guest, Limits
 from kvmd.config.network import bridge_name
-from kvmd.effects import files, process
+from kvmd.effects import files, logs, process
 from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
 from kvmd.effects.handover import runs_as_unit
 from kvmd.effects.netlink import Netlink
@@ -33,7 +33,7 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
-from kvmd.errors import ConfigInvalid, NotFound, QemuFailed
+from kvmd.errors import ConfigInvalid, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
@@ -243,13 +243,17 @@ class Services:
         return page is None or free * page >= guest.memory.size
 
     def open_qemu_log(self, name: str) -> int:
-        """The file that takes QEMU's stdout and stderr; begins anew when it has grown past its cap."""
+        """The file that takes QEMU's stdout and stderr."""
         directory = self.paths.guest_log(name)
         files.ensure_dir(directory, 0o750)
-        fd = files.append_log_fd(directory / "qemu.log")
-        if os.fstat(fd).st_size > self.loaded.desired.daemon.log.qemu.size:
-            os.ftruncate(fd, 0)
-        return fd
+        return files.append_log_fd(directory / "qemu.log")
+
+    def rotate_logs(self, name: str) -> None:
+        """Keep the guest's logs within `log.serial` and `log.qemu`."""
+        wish = self.loaded.desired.daemon.log
+        for path in self.paths.guest_log(name).glob("*.log"):
+            limit = wish.qemu if path.name == "qemu.log" else wish.serial
+            logs.rotate(path, max_bytes=int(limit.size), keep=limit.files)
 
     # ---- after a birth ------------------------------------------------------------------------------------------
 
@@ -271,6 +275,9 @@ class Services:
         pid = run.process.pid if run.process else 0
         process.limit_core(pid)
         placement = self.place(name)
+        guest = self.guest(name)
+        if self.units is None and guest and guest.limits != Limits():
+            warnings += ("limits.* are kept by systemd; this kvmd runs without it and keeps none",)
         if placement:
             process.pin(name, pid, threads, placement.vcpus, placement.emulator)
         return Born(threads, await self._balloon(monitor), warnings)
@@ -311,17 +318,20 @@ class Services:
         """Record where the guest shall be from now on. HostFailed when the state cannot be written."""
         self.store.set_wanted(name, state, actor, reason, self.now())
 
-    def restart_refusal(self, name: str) -> str | None:
-        """None when a crashed guest may be started again now (and the crash is counted), else why not."""
+    def restart_delay_s(self, name: str) -> float:
+        """How long a guest that crashed waits before its next start; the crash is counted. Refused when it stays off.
+
+        `restart.backoff` doubles with each crash within `restart.within`.
+        """
         guest = self.guest(name)
         if guest is None:
-            return "its file is gone"
-        now = self.now()
+            raise Refused("its file is gone")
+        now, restart = self.now(), guest.restart
         self.store.record_crash(name, now)
-        count = self.store.crashes_since(name, now - guest.restart.within)
-        if count > guest.restart.limit:
-            return f"not restarted: {count} ends within {guest.restart.within} (restart.limit = {guest.restart.limit})"
-        return None
+        count = self.store.crashes_since(name, now - restart.within)
+        if count > restart.limit:
+            raise Refused(f"not restarted: {count} ends within {restart.within} (restart.limit = {restart.limit})")
+        return float(restart.backoff) * float(2 ** min(count - 1, 10))
 
     def is_unit_of(self, name: str, pid: int) -> bool:
         """Whether systemd runs this pid as the guest's unit."""

@@ -33,7 +33,6 @@ RECONNECT_FIRST_S = 0.5
 RECONNECT_LONGEST_S = 30.0
 KILL_TIMEOUT_S = 30.0  # SIGKILL on a QEMU with much memory: the kernel frees it page by page
 START_SETTLE_S = 600.0  # an upper bound only; the birth has its own deadlines
-RESTART_DELAY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,11 +367,12 @@ class Supervisor:
             _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
 
     async def _restart(self) -> None:
-        refusal = self.services.restart_refusal(self.name)
-        if refusal:
-            self._set(replace(self.status.life, reason=f"{self.status.life.reason}; {refusal}"))
+        try:
+            delay_s = self.services.restart_delay_s(self.name)
+        except KvmdError as refusal:
+            self._set(replace(self.status.life, reason=f"{self.status.life.reason}; {refusal.message}"))
             return
-        await asyncio.sleep(RESTART_DELAY_S)
+        await asyncio.sleep(delay_s)
         if self.state not in ALIVE:
             self._feed(lifecycle.StartAsked("kvmd"))
 

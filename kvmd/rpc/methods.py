@@ -83,6 +83,8 @@ class Methods:
         return results.GuestDetail(
             **self._summary(supervisor).model_dump(),
             description=guest.guest.description or None if guest else None,
+            owner=guest.guest.owner if guest else None,
+            tags=guest.guest.tags if guest else (),
             machine=identity.machine if identity else guest.machine.type if guest else None,
             accel=guest.machine.accel if guest else None,
             display=str(services.paths.guest_display(name) / "vnc.sock")

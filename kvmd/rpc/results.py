@@ -102,6 +102,8 @@ class GuestDetail(GuestSummary):
     """All about one guest."""
 
     description: str | None
+    owner: str | None
+    tags: tuple[str, ...]
     machine: str | None
     accel: str | None
     display: str | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,26 @@ def _cmdline(pid: Path) -> bytes:
         return (pid / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_what_others_break_is_mended(host: KvmdHost) -> None:
+    """dnsmasq killed, the bridge deleted by hand: kvmd sees it and makes it again, without being asked."""
+    host.network("lan", LAN)
+    host.start()
+    _until(lambda: _plan_is_empty(host))
+    first = host.call("host.facts")["dnsmasq"][0]["pid"]
+    os.kill(first, signal.SIGKILL)
+    _until(lambda: [d["pid"] for d in host.call("host.facts")["dnsmasq"]] not in ([], [first]))
+    host.inside("ip", "link", "del", "kvlan")
+    _until(lambda: "kvlan" in host.inside("ip", "-br", "link").stdout and _plan_is_empty(host))
+
+
+def _plan_is_empty(host: KvmdHost) -> bool:
+    return host.call("host.plan")["actions"] == []
+
+
+def _until(reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
