@@ -15,6 +15,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -312,3 +313,31 @@ def _make_source_disk(disk: Path, staging: Path) -> None:
     size_kib = (2 * total + SPARE_BYTES) // 1024
     _quiet(["mkfs.ext4", "-q", "-F", "-m", "0", "-d", str(staging), str(disk), f"{size_kib}k"])
     shutil.rmtree(staging)
+
+
+def _hardware_from_environment() -> Hardware:
+    asked = os.environ
+    return Hardware(
+        cpus=int(asked.get("LAB_CPUS", "4")),
+        memory_mib=int(asked.get("LAB_MEMORY_MIB", "3072")),
+        nodes=int(asked.get("LAB_NODES", "1")),
+        kernel=asked.get("LAB_KERNEL", ""),
+    )
+
+
+def main() -> int:
+    """`python -m tests.rig.lab shell | run COMMAND`, as scripts/lab calls it."""
+    verb, *words = sys.argv[1:]
+    with Lab(_hardware_from_environment()) as lab:
+        if verb == "shell":
+            return subprocess.run(lab.command(interactive=True), check=False).returncode
+        lab.boot()
+        ran = lab.run(" ".join(words), timeout_s=3600)
+        sys.stdout.write(ran.stdout)
+        sys.stderr.write(ran.stderr)
+        lab.poweroff()
+        return ran.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

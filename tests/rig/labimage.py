@@ -22,13 +22,22 @@ FILES = {
     "etc/hostname": "lab\n",
     "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 lab\n::1 localhost\n",
     "etc/resolv.conf": "nameserver 10.0.2.3\n",
-    "etc/fstab": "/dev/disk/by-id/virtio-src /src/kvmd ext4 nofail,x-systemd.device-timeout=30 0 0\n",
+    "etc/fstab": "/dev/disk/by-id/virtio-src /src/kvmd ext4 nofail,x-systemd.device-timeout=600 0 0\n",
     # nested=0: the processor that TCG emulates has SVM, and not what a second level needs.
     "etc/modprobe.d/kvmd-lab.conf": "options kvm-amd nested=0\n",
     "etc/modules-load.d/kvmd-lab.conf": "virtio_console\nkvm-amd\nvhost_net\ntun\n",
     "etc/systemd/network/20-lab.network": "[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\nLinkLocalAddressing=no\n",
     # kvmd installs here without any index: everything it needs is beside it.
     "etc/pip.conf": "[global]\nno-index = true\nfind-links = /opt/kvmd-wheels\ndisable-pip-version-check = true\n",
+    # Coldplug what the lab needs and not each of a hundred terminals and memory blocks: seconds under TCG.
+    "etc/systemd/system/systemd-udev-trigger.service.d/lab.conf": (
+        "[Service]\nExecStart=\n"
+        "ExecStart=-udevadm trigger --type=subsystems --action=add\n"
+        "ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=net"
+        " --subsystem-match=pci --subsystem-match=virtio --subsystem-match=virtio-ports --subsystem-match=misc"
+        " --subsystem-match=nvme\n"
+        "ExecStart=-udevadm trigger --type=devices --action=add --sysname-match=ttyS0\n"
+    ),
     "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
     "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear %I 115200 linux\n"
@@ -91,10 +100,10 @@ def _populate(extra: Path) -> None:
     inside = extra / str(cache()).lstrip("/")
     shutil.copytree(environment, inside / environment.name, symlinks=True)
     (inside / "venv").symlink_to(environment.name)
-    for path in guest_kernel():
-        target = inside / path.relative_to(cache())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    for image in guest_kernel():
+        copy = inside / image.relative_to(cache())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, copy)
 
 
 def _build(disk: Path) -> None:
