@@ -43,7 +43,7 @@ from kvmd.rpc.protocol import Limits
 from kvmd.rpc.registry import Registry
 from kvmd.rpc.server import Server
 from kvmd.tuning.agent import Agent
-from kvmd.tuning.wiring import GuestMemory
+from kvmd.wiring import GuestMemory
 
 _log = logging.getLogger(__name__)
 FLUSH_S = 0.5  # history is telemetry: half a second of it may be lost with the power

@@ -32,7 +32,7 @@ LAYERS = {
     "kvmd.rpc": 4,
     "kvmd.guest": 4,
     "kvmd.tuning.agent": 4,
-    "kvmd.tuning.wiring": 4,
+    "kvmd.wiring": 4,
     "kvmd.manager": 4,
     "kvmd.daemon": 5,
     "kvmd.doctor": 5,
