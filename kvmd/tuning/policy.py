@@ -163,7 +163,7 @@ class Takes:
 def _takes(round_: Round) -> Takes:
     """What donors give now: above their floors by price; in HARD and CRIT toward the guarantees as well.
 
-    Pressed guests come first, in CRIT the host does. The host takes only what it would gain by: memory that a guest
+    Pressed guests come first; when things are dire, the host does. The host takes only what it would gain by: memory that a guest
     has never touched is no use to it, but moves as a right to one that needs it.
     """
     hard = round_.host.state >= HostState.HARD
@@ -171,11 +171,11 @@ def _takes(round_: Round) -> Takes:
     caps = {view.name: view.take_cap_bytes(slewless=round_.host.in_crisis) for view in donors}
     total: dict[str, int] = {}
     for_guests: dict[str, int] = {}
-    if not round_.host.in_crisis:
+    if not round_.host.is_dire:
         for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False, hard=hard)
         _add(total, for_guests)
     _add(total, _above_floors(donors, caps, total, _host_need_bytes(round_, c.RECLAIM_AIM), yielding=True, hard=hard))
-    if round_.host.in_crisis:
+    if round_.host.is_dire:
         for_guests = _above_floors(donors, caps, total, _unmet_bytes(round_), yielding=False, hard=hard)
         _add(total, for_guests)
     if hard:

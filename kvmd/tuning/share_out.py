@@ -81,13 +81,13 @@ def by_water_level(amount_bytes: int, guests: Iterable[Excess]) -> dict[str, int
             low = middle
         else:
             high = middle
-    takes: dict[str, int] = {}
+    takes = {guest.name: _above(guest, high) // MIB * MIB for guest in able}
+    takes = {guest.name: takes[guest.name] for guest in able if takes[guest.name] >= max(MIB, guest.least_bytes)}
+    left = amount_bytes - sum(takes.values())
     for guest in sorted(able, key=lambda guest: (-guest.excess_bytes / guest.shares, guest.name)):
-        take = _above(guest, high) // MIB * MIB
-        if take >= max(MIB, guest.least_bytes):
-            takes[guest.name] = take
-        elif amount_bytes - sum(takes.values()) >= guest.least_bytes:
+        if guest.name not in takes and MIB <= guest.least_bytes <= left:
             takes[guest.name] = guest.least_bytes  # many small parts of one need: some give a whole step, most nothing
+            left -= guest.least_bytes
     return takes
 
 

@@ -114,13 +114,19 @@ def _is_short(guest: GuestState, sample: GuestSample) -> bool:
 def _observe_guest(
     guest: GuestState, sample: GuestSample, now: float, host_spare: int | None
 ) -> tuple[GuestState, Seen | None]:
-    was_pressed = guest.model is not None and guest.model.pressed is not None
-    guest = replace(guest, booted_s=sample.facts.booted_s, model=learn(guest.model, sample))
     reading = sample.reading
     if reading is None or sample.read_at_s is None or sample.read_at_s == guest.read_at_s:
-        return guest, None
+        return guest, None  # most guests at most ticks
+    was_pressed = guest.model is not None and guest.model.pressed is not None
     actual = reading.actual_bytes
-    guest = replace(guest, read_at_s=sample.read_at_s, actual_bytes=actual, rss_bytes=sample.rss_bytes)
+    guest = replace(
+        guest,
+        booted_s=sample.facts.booted_s,
+        model=learn(guest.model, sample),
+        read_at_s=sample.read_at_s,
+        actual_bytes=actual,
+        rss_bytes=sample.rss_bytes,
+    )
     seen: Seen | None = None
     if guest.move is not None:
         guest, seen = _settle(guest, guest.move, sample, now, host_spare)

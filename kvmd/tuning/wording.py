@@ -136,10 +136,9 @@ def _use(amount: int, for_guests: int) -> str:
 
 def _others(view: GuestView, views: Sequence[GuestView], takes: Mapping[str, int]) -> tuple[str, ...]:
     """What the other guests were asked for, or why they were not."""
-    lines = []
-    for other in views:
-        if other.name == view.name:
-            continue
+    lines: list[str] = []
+    others = [other for other in views if other.name != view.name]
+    for other in others[:_LISTED]:
         if other.name in takes:
             lines.append(f"{other.name}: gives {mib(takes[other.name])}")
         elif other.pressed:
@@ -155,8 +154,8 @@ def _others(view: GuestView, views: Sequence[GuestView], takes: Mapping[str, int
             lines.append(f"{other.name}: has never touched what it can spare, so the host would gain nothing")
         else:
             lines.append(f"{other.name}: nothing worth taking above its floor of {mib(other.floor_bytes)}")
-    more = len(lines) - _LISTED
-    return (*lines[:_LISTED], f"and {more} more") if more > 0 else tuple(lines)
+    more = len(others) - _LISTED
+    return (*lines, f"and {more} more") if more > 0 else tuple(lines)
 
 
 def _take_limit(view: GuestView, amount: int, *, slewless: bool) -> str | None:
