@@ -37,6 +37,7 @@ from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
 BOOT_META = "boot_id"
+RELEASED_META = "released_in_boot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +226,11 @@ class Manager:
 
     async def apply(self, allow: frozenset[Disruption], actor: str, *, prune: bool = False) -> Report:
         """Load, plan and do what `allow` permits. One failed action does not stop the others."""
+        if self.services.store.meta(RELEASED_META):
+            self.services.store.set_meta(RELEASED_META, "")
+        return await self._pass_once(allow, actor, prune=prune)
+
+    async def _pass_once(self, allow: frozenset[Disruption], actor: str, *, prune: bool) -> Report:
         async with self._pass:
             await self.refresh()
             planned = await self.plan(prune=prune)
@@ -234,9 +240,14 @@ class Manager:
         return Report(tuple(outcomes), skipped, planned, self.services.loaded)
 
     async def reconcile(self, actor: str) -> Report:
-        """What cron, the timer and boot do: nothing that disturbs anyone, unless kvmd.toml allows it."""
+        """What cron, the timer and boot do: nothing that disturbs anyone, unless kvmd.toml allows it.
+
+        A host that was released stays so until someone applies, or until the next boot.
+        """
+        if self.services.store.meta(RELEASED_META) == self.services.tree.boot_id():
+            return Report((), (), Plan(), self.services.loaded)
         allow = frozenset(Disruption(word) for word in self.services.loaded.desired.daemon.apply.allow)
-        return await self.apply(allow, actor)
+        return await self._pass_once(allow, actor, prune=False)
 
     def _refuse_mass_stop(self, actions: tuple[AnyAction, ...]) -> None:
         stops = [action.guest for action in actions if isinstance(action, StopGuest | RestartGuest)]
@@ -306,6 +317,7 @@ class Manager:
             raise Conflict(f"guests run: {', '.join(alive)}", hint="kvmd-cli stop them first")
         restored, kept = [], []
         async with self._pass:
+            self.services.store.set_meta(RELEASED_META, self.services.tree.boot_id())
             facts = await self.observe()
             entries = [(e.kind, e.subject, e.original, e.new) for e in self.services.store.journalled(facts.boot_id)]
             for undo in plan_release(entries, facts):
