@@ -337,7 +337,8 @@ class Manager:
         """Refused when the guest does not fit beside those that are alive."""
         tree = self.services.tree
         ours = frozenset(s.status.process.pid for s in self.supervisors.values() if s.status.process)
-        facts = Facts(memory=tree.observe_memory(), lives=self._lives(), foreign_qemu_bytes=tree.foreign_qemu(ours))
+        lives = tuple(GuestLife(s.name, alive=s.state in ALIVE, wanted=True) for s in self.supervisors.values())
+        facts = Facts(memory=tree.observe_memory(), lives=lives, foreign_qemu_bytes=tree.foreign_qemu(ours))
         problem = admit(name, self.services.loaded.desired, facts)
         if problem:
             raise Refused(problem.message, hint=problem.hint)

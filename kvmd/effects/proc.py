@@ -53,7 +53,8 @@ def observe_threads(tree: Tree, pid: int) -> tuple[int, ...]:
 
 def foreign_qemu_bytes(tree: Tree, known_pids: frozenset[int]) -> int:
     """RSS of all QEMUs whose pid is not in `known_pids`: memory that others' guests hold."""
-    return sum(found.rss_bytes for found in observe_qemus(tree) if found.process.pid not in known_pids)
+    strangers = (pid for pid in _pids(tree) if pid not in known_pids)
+    return sum(found.rss_bytes for pid in strangers if (found := _qemu(tree, pid)))
 
 
 def _pids(tree: Tree) -> Iterator[int]:

@@ -30,10 +30,10 @@ LAUNCHER = Path(__file__).parent.parent / "launch.py"
 def pids_of_uid(uid: int) -> tuple[int, ...]:
     """All processes whose real uid is `uid`."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    with os.scandir("/proc") as entries:
+        for entry in entries:
             with contextlib.suppress(OSError):
-                if entry.stat().st_uid == uid:
+                if entry.name.isdigit() and entry.stat().st_uid == uid:
                     found.append(int(entry.name))
     return tuple(found)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from kvmd.errors import QemuFailed, TimedOut, Unreachable
 
@@ -37,6 +37,16 @@ class _Tap(EventListener):
 
     async def put(self, event: Any) -> None:
         self._deliver(event)
+
+
+class _Client(QMPClient):
+    """The stock client without its debug log, which writes out every message whether anyone listens or not."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
 
 
 def connect_unix(path: Path) -> socket.socket:
@@ -64,7 +74,7 @@ class Monitor:
     def __init__(self, guest: str, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
         self._guest = guest
         self._on_lost = on_lost
-        self._client = QMPClient(guest)
+        self._client = _Client(guest)
         self._client.events.event_filter = lambda _event: False  # it would keep every event for ever
         self._client.register_listener(_Tap(on_event))
         self._watch: asyncio.Task[None] | None = None

@@ -13,6 +13,7 @@ from kvmd.errors import HostFailed
 from kvmd.units import CpuSet
 
 _BLANK = " \t\r\n\0"  # node cpulist of 5.15 and 5.16 ends in a NUL
+CHUNK_BYTES = 16 << 10  # all of nearly every file, in one read
 MAX_BYTES = 1 << 20  # meminfo of a big host is a few KiB; /proc/sys answers a read of 4 MiB with ENOMEM (proc_sysctl.c)
 
 
@@ -21,6 +22,7 @@ class Tree:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
+        self._prefix = os.fspath(root).rstrip("/")
 
     @property
     def is_live(self) -> bool:
@@ -38,11 +40,20 @@ class Tree:
 
     def read_bytes(self, path: str) -> bytes | None:
         """Content as it is (/proc/PID/cmdline has NULs), None when it cannot be read."""
+        # Bare system calls: a scan of /proc reads hundreds of files, and Path and io objects are most of its time.
         try:
-            with self.path(path).open("rb") as file:
-                return file.read(MAX_BYTES)
+            fd = os.open(self._prefix + path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
+        try:
+            found = os.read(fd, CHUNK_BYTES)
+            while found and len(found) < MAX_BYTES and (more := os.read(fd, min(CHUNK_BYTES, MAX_BYTES - len(found)))):
+                found += more
+            return found
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
 
     def number(self, path: str) -> int | None:
         """A decimal number, None when absent or not one ("-1" and "max" style answers included as they are)."""
@@ -74,7 +85,8 @@ class Tree:
     def names(self, path: str) -> list[str]:
         """Sorted entries of a directory, [] when there is none."""
         try:
-            return sorted(entry.name for entry in self.path(path).iterdir())
+            with os.scandir(self._prefix + path) as entries:
+                return sorted(entry.name for entry in entries)
         except OSError:
             return []
 

@@ -69,12 +69,12 @@ class Birth:
             await self.services.units.start(self.name)
         launch, descriptors = await self.services.open(self.name, decided)
         with contextlib.closing(descriptors):
+            argv = launch.argv(decided.emulator)
+            record = self.services.store.record_launch(self.name, decided.run.config_text, argv)
             asking = await self._await_launcher()
             process = self._spawned or self._watch(asking)
             if not self._spawned:
-                self.services.record_process(decided.run, process)
-            argv = launch.argv(decided.emulator)
-            record = self.services.store.record_launch(self.name, decided.run.config_text, argv)
+                record = self.services.record_process(decided.run, process)
             spec = Spec(decided.run.uid, self.services.qemu_gid or decided.run.uid, self.services.qemu_groups, argv)
             asking.hand_over(spec, descriptors.pairs)
         self._spawned = None

@@ -6,6 +6,7 @@ guest by name and holds no guest: names are looked up each time, so a file that 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import grp
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -265,13 +266,16 @@ class Services:
         """
         warnings: tuple[str, ...] = launch.warnings if launch else ()
         if launch:
-            replies = {ask.label: await _ask(monitor, ask) for ask in verify.queries(launch)}
+            asks = verify.queries(launch)
+            replies = dict(zip([ask.label for ask in asks], await _ask_all(monitor, asks), strict=True))
+            threads = vcpu_threads(replies["query-cpus-fast"])
             found = verify.check_running(launch, replies)
             grave = [mismatch for mismatch in found if mismatch.severity == "refuse"]
             if grave:
                 raise QemuFailed(f"guest {name}: QEMU is not what was asked for: {grave[0]}")
             warnings += tuple(str(mismatch) for mismatch in found)
-        threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
+        else:
+            threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
         pid = run.process.pid if run.process else 0
         process.limit_core(pid)
         placement = self.place(name)
@@ -284,8 +288,8 @@ class Services:
 
     async def inspect(self, monitor: Monitor) -> Born:
         """What has to be known of a guest that runs already. QemuFailed, TimedOut, Unreachable."""
-        threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
-        return Born(threads, await self._balloon(monitor), ())
+        cpus, balloon_bytes = await asyncio.gather(monitor.execute("query-cpus-fast"), self._balloon(monitor))
+        return Born(vcpu_threads(cpus), balloon_bytes, ())
 
     @staticmethod
     async def _balloon(monitor: Monitor) -> int | None:
@@ -378,6 +382,11 @@ def started_config(run: GuestRun) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+async def _ask_all(monitor: Monitor, queries: Iterable[verify.Query]) -> list[Any]:
+    """All replies in order. The queries go out together: QEMU answers one while we read another."""
+    return await asyncio.gather(*(_ask(monitor, query) for query in queries))
 
 
 async def _ask(monitor: Monitor, query: verify.Query) -> Any:
