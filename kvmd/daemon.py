@@ -252,7 +252,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the daemon in the foreground. Exit codes as `kvmd-cli`."""
+    """Run the daemon in the foreground, or one command that needs none (`kvmd check`). Exit codes as `kvmd-cli`."""
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "kvmd.cli.offline", *sys.argv[1:]])
     from kvmd.config.load import load
 
     options = parser().parse_args()

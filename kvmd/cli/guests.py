@@ -1,0 +1,144 @@
+"""Commands about guests: list, show, and the verbs that change their state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvmd.cli import render
+from kvmd.cli.arguments import Parsed
+from kvmd.cli.session import Session, tell
+from kvmd.errors import KvmdError, PartlyFailed, TimedOut
+from kvmd.rpc.client import Client
+
+GRACE_S = 10.0  # what the daemon gets on top of the time a guest has, to say that the guest did not obey
+BEGUN_S = 1.0  # with --no-wait: long enough for a refusal, not for a stop
+_UP = ("starting", "running", "paused", "stopping", "unreachable")
+
+One = Callable[[Session, Parsed, str], Any]
+
+
+def list_guests(session: Session, _parsed: Parsed) -> int:
+    """All guests, from what the daemon knows without asking any QEMU."""
+    found = session.call("guest.list")
+    session.result(found, lambda: render.guests(found["guests"], now=time.time(), on=session.colours))
+    return 0
+
+
+def show(session: Session, parsed: Parsed) -> int:
+    """All about one guest."""
+    found = session.call("guest.show", name=parsed.word("NAME"))
+    session.result(found, lambda: render.details(found, now=time.time(), on=session.colours))
+    return 0
+
+
+def start(session: Session, parsed: Parsed) -> int:
+    """Bring guests to running."""
+    return _each(session, parsed, _start, "+", "start", needed=lambda state: state not in _UP)
+
+
+def stop(session: Session, parsed: Parsed) -> int:
+    """Ask guests to power off."""
+    return _each(session, parsed, _stop, "-", "stop", needed=lambda state: state in _UP)
+
+
+def kill(session: Session, parsed: Parsed) -> int:
+    """Pull the plug."""
+    return _each(session, parsed, _plain("guest.kill"), "-", "kill", needed=lambda state: state in _UP)
+
+
+def reboot(session: Session, parsed: Parsed) -> int:
+    """The guest's own reboot."""
+    return _each(session, parsed, _plain("guest.reboot"), "~", "reboot")
+
+
+def reset(session: Session, parsed: Parsed) -> int:
+    """The reset button."""
+    return _each(session, parsed, _plain("guest.reset"), "~", "reset")
+
+
+def restart(session: Session, parsed: Parsed) -> int:
+    """Stop, then start: a new QEMU."""
+    return _each(session, parsed, _restart, "~", "restart")
+
+
+def _plain(method: str) -> One:
+    def one(session: Session, _parsed: Parsed, name: str) -> Any:
+        return session.call(method, 60.0, name=name)
+
+    return one
+
+
+def _start(session: Session, _parsed: Parsed, name: str) -> Any:
+    return session.call("guest.start", None, name=name, wait=session.wait)
+
+
+def _stop(session: Session, parsed: Parsed, name: str) -> Any:
+    params: dict[str, Any] = {"name": name, "force": parsed.on("--force")}
+    if session.timeout_s is not None:
+        params["timeout_s"] = session.timeout_s
+    # The daemon waits for the guest; who asked not to be kept waiting hears of a refusal and leaves.
+    patience_s = None if session.timeout_s is None else session.timeout_s + GRACE_S
+    with Client(session.socket, patience_s if session.wait else BEGUN_S) as client:
+        try:
+            return client.call("guest.stop", params)
+        except TimedOut:
+            if session.wait:
+                raise
+    return {"name": name, "state": "stopping", "changed": True}
+
+
+def _restart(session: Session, parsed: Parsed, name: str) -> Any:
+    _stop(session, parsed, name)
+    return _start(session, parsed, name)
+
+
+def _each(
+    session: Session,
+    parsed: Parsed,
+    one: One,
+    sign: str,
+    word: str,
+    *,
+    needed: Callable[[str], bool] = lambda _state: True,
+) -> int:
+    """Do it to every guest named; one failure does not stop the others."""
+    names = tuple(dict.fromkeys(parsed.words("NAME")))
+    if session.dry_run:
+        return _dry(session, names, sign, word, needed)
+    done: list[Any] = []
+    failed: list[KvmdError] = []
+    for name in names:
+        try:
+            result = one(session, parsed, name)
+        except KvmdError as error:
+            if len(names) == 1:
+                raise
+            tell(error)
+            failed.append(error)
+            continue
+        done.append(result)
+        if not session.json:
+            session.out(f"{result['name']} is {result['state']}{'' if result['changed'] else ' already'}")
+    if session.json:
+        session.document(done[0] if len(names) == 1 else done)
+    if not failed:
+        return 0
+    codes = {error.exit_code for error in failed}
+    return codes.pop() if len(codes) == 1 and not done else PartlyFailed.exit_code
+
+
+def _dry(session: Session, names: Sequence[str], sign: str, word: str, needed: Callable[[str], bool]) -> int:
+    """What would be asked for, as plan lines."""
+    actions = []
+    for name in names:
+        state = session.call("guest.show", name=name)["state"]
+        if needed(state):
+            line = f"{sign} guest {name}: {word}"
+            why = f"asked for; it is {state}"
+            actions.append({"kind": f"{word}-guest", "line": line, "why": why, "disruption": "guest"})
+        else:
+            session.say(f"{name} is {state}: nothing to do")
+    session.result({"actions": actions}, lambda: "\n".join(render.action(a, on=session.colours) for a in actions))
+    return 0

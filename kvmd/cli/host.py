@@ -1,0 +1,85 @@
+"""Commands about the host and kvmd itself: status, host facts, host release, version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kvmd import __version__
+from kvmd.cli import render
+from kvmd.cli.arguments import Parsed
+from kvmd.cli.session import Session
+from kvmd.errors import Refused, TimedOut, Unreachable
+
+
+def status(session: Session, _parsed: Parsed) -> int:
+    """How kvmd is."""
+    found = session.call("daemon.status")
+    session.result(found, lambda: _status(found, now=time.time(), on=session.colours))
+    return 0
+
+
+def _status(found: Mapping[str, Any], *, now: float, on: bool) -> str:
+    drift = f"{found['drift']} actions to do (kvmd-cli plan)" if found["drift"] else "none"
+    lines = [f"kvmd {found['version']}, pid {found['pid']}, up for {render.age(now - found['since'])}"]
+    lines += render.fields(
+        ("guests", f"{found['guests_running']} of {found['guests_total']} run"),
+        ("drift", drift),
+        ("tuning", found["tuning_mode"]),
+        ("supervisor", found["supervisor"]),
+    )
+    if found["networks"]:
+        rows = [(n["name"], n["mode"], n["bridge"] or "-", n["state"]) for n in found["networks"]]
+        bad = {(number, 3): render.RED for number, row in enumerate(rows) if row[3] != "up"}
+        lines += ["", render.table(("NETWORK", "MODE", "BRIDGE", "STATE"), rows, colours=bad, on=on)]
+    if found["faults"]:
+        lines += ["", *(render.fault(fault) for fault in found["faults"])]
+    return "\n".join(lines)
+
+
+def facts(session: Session, _parsed: Parsed) -> int:
+    """The host as it is."""
+    found = session.call("host.facts")
+    session.result(found, lambda: "\n".join(render.tree(found)))
+    return 0
+
+
+def release(session: Session, _parsed: Parsed) -> int:
+    """Put the host back as it was."""
+    if session.dry_run:
+        from pathlib import Path
+
+        from kvmd.cli.journal import undo_lines
+
+        why = "kvmd changed it in this boot"
+        undone = [
+            {"kind": "undo", "line": line, "why": why, "disruption": "host"}
+            for line in undo_lines(Path(session.state_dir))
+        ]
+        session.result({"actions": undone}, lambda: "\n".join(render.action(a, on=session.colours) for a in undone))
+        return 0
+    if not session.yes:
+        if not session.interactive():
+            raise Refused("this takes networks and pages away and nobody is here to be asked", hint="--yes")
+        if not session.confirmed("Put back everything kvmd changed on this host in this boot?"):
+            raise Refused("not confirmed: nothing was done")
+    done = session.call("host.release", 120.0)
+    session.result(done, lambda: "\n".join(render.clean(line) for line in done["restored"]))
+    if not session.json:
+        for kept in done["kept"]:
+            session.say(f"kept: {render.clean(kept)}")
+        if not done["restored"]:
+            session.say("nothing to put back")
+    return 0
+
+
+def version(session: Session, _parsed: Parsed) -> int:
+    """Of this client and, if it answers, of the daemon."""
+    try:
+        daemon = session.call("daemon.version", 5.0)["version"]
+    except (Unreachable, TimedOut):
+        daemon = None
+    found = {"client": __version__, "daemon": daemon}
+    session.result(found, lambda: f"kvmd-cli {__version__}\nkvmd {daemon or '(does not answer)'}")
+    return 0
