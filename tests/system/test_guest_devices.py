@@ -1,0 +1,154 @@
+"""What a guest's file says, seen on the running QEMU and from inside a Linux guest."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmd.effects.images import create_image
+from kvmd.effects.proc import observe_threads
+from kvmd.effects.tree import Tree
+from kvmd.rpc.client import RemoteError
+from tests.rig.guestconsole import READY, GuestConsole
+from tests.rig.guestfiles import linux, tiny
+from tests.rig.kvmdhost import KvmdHost
+from tests.rig.qmpsession import QmpSession
+
+pytestmark = pytest.mark.system
+
+
+def ask(host: KvmdHost, name: str, command: str, **arguments: Any) -> Any:
+    """One command over the monitor that is left to people."""
+    with QmpSession(host.run / "guests" / name / "rescue.sock") as session:
+        return session.execute(command, **arguments)
+
+
+def test_cpus_memory_and_disks_are_what_the_file_says(host: KvmdHost, life: str) -> None:
+    """-smp with topology, -m, a raw and a qcow2 disk, a read-only one: by QMP and from inside the guest."""
+    (host.images / "raw.img").write_bytes(bytes(3 << 20))
+    create_image(str(host.images / "new.qcow2"), format="qcow2", size_bytes=5 << 20, roots=[host.images])
+    (host.images / "ro.img").write_bytes(bytes(2 << 20))
+    extra = f"""
+[cpu]
+vcpus = 2
+cores = 2
+[disk.raw]
+file = "{host.images}/raw.img"
+format = "raw"
+cache = "writeback"
+serial = "raw-serial-1"
+[disk.new]
+file = "{host.images}/new.qcow2"
+format = "qcow2"
+cache = "writeback"
+[disk.ro]
+file = "{host.images}/ro.img"
+format = "raw"
+cache = "writeback"
+readonly = true
+"""
+    host.guest("a", linux("a", size="224MiB", network=None, cmdline="kvmd.ip=none", extra=extra))
+    host.start()
+    host.call("guest.start", name="a")
+    with GuestConsole(host.run / "guests/a/serial-console.sock") as console:
+        ready = console.wait_for(READY, timeout_s=90)
+        if life == "adopted":
+            host.restart()
+        assert ready[3] == "2"
+        assert 180 << 10 < int(ready[2]) <= 224 << 10
+        assert sorted(int(disk.split(":")[1]) for disk in ready[4].split(",")) == [2 << 20, 3 << 20, 5 << 20]
+        assert "raw-serial-1" in console.run("cat /sys/block/vd*/serial").output
+        written = console.run("for d in /dev/vd?; do dd if=/dev/zero of=$d bs=512 count=1 2>/dev/null && echo ok; done")
+        assert written.output.split().count("ok") == 2
+    cpus = ask(host, "a", "query-cpus-fast")
+    assert [(cpu["props"]["socket-id"], cpu["props"]["core-id"]) for cpu in cpus] == [(0, 0), (0, 1)]
+    assert ask(host, "a", "query-memory-size-summary")["base-memory"] == 224 << 20
+    by_node = {node["node-name"]: node for node in ask(host, "a", "query-named-block-nodes")}
+    assert (by_node["new"]["drv"], by_node["raw"]["drv"], by_node["ro"]["ro"]) == ("qcow2", "raw", True)
+    assert not [warning for warning in host.show("a")["warnings"] if "asked for" in warning]
+
+
+def test_vnc_answers_on_its_unix_socket_to_root_alone(host: KvmdHost, life: str) -> None:
+    host.guest("a", tiny(host, "a", extra='[display]\ntype = "vnc"\n'))
+    host.start()
+    host.call("guest.start", name="a")
+    if life == "adopted":
+        host.restart()
+    path = Path(host.show("a")["display"])
+    with socket.socket(socket.AF_UNIX) as viewer:
+        viewer.settimeout(10)
+        viewer.connect(str(path))
+        assert viewer.recv(12) == b"RFB 003.008\n"
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_user_mode_network_reaches_in_by_hostfwd(host: KvmdHost) -> None:
+    nic = '[nic.up]\ntype = "user"\nhostfwd = ["tcp:127.0.0.1:8080-:80"]\n'
+    host.guest("a", linux("a", network=None, cmdline="kvmd.ip=dhcp kvmd.httpd=1", extra=nic))
+    host.start()
+    host.call("guest.start", name="a")
+    host.wait_serial("a", "KVMD-GUEST LEASE", 90)
+    host.wait_serial("a", "KVMD-GUEST READY", 90)
+    fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/', timeout=20).read().decode())"
+    assert "hello from a" in host.inside("/usr/bin/python3", "-c", fetch).stdout
+
+
+def test_a_dedicated_guest_has_its_cpu_alone(host: KvmdHost, life: str) -> None:
+    """vCPU 1:1 on a CPU outside housekeeping, every other thread elsewhere; mended when someone moves it."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.fail("this test needs two CPUs")
+    host.guest("a", tiny(host, "a", extra='[cpu]\nplacement = "dedicated"\n'))
+    host.start()
+    host.call("guest.start", name="a")
+    if life == "adopted":
+        host.restart()
+    shown = host.show("a")
+    (own,) = shown["placement"]["vcpus"]
+    assert own.isdigit()
+    cpu_tid = ask(host, "a", "query-cpus-fast")[0]["thread-id"]
+    for tid in observe_threads(Tree(), shown["pid"]):
+        allowed = os.sched_getaffinity(tid)
+        assert (allowed == {int(own)}) == (tid == cpu_tid)
+    os.sched_setaffinity(cpu_tid, os.sched_getaffinity(0))
+    plan = host.call("host.plan")["actions"]
+    assert [action["kind"] for action in plan] == ["pin-guest"]
+    host.call("host.reconcile")
+    assert os.sched_getaffinity(cpu_tid) == {int(own)}
+    assert host.call("host.plan")["actions"] == []
+
+
+def test_more_dedicated_vcpus_than_the_host_can_give_is_refused_with_the_sum(host: KvmdHost) -> None:
+    host.guest("a", tiny(host, "a", extra='[cpu]\nvcpus = 2\ncores = 2\nplacement = "dedicated"\n'))
+    host.start()
+    with pytest.raises(RemoteError, match="2 ") as error:
+        host.call("guest.start", name="a")
+    assert error.value.slug == "refused"
+
+
+def test_memory_that_nobody_has_is_refused_with_the_sum(host: KvmdHost) -> None:
+    host.guest("a", tiny(host, "a", size="4TiB"))
+    host.start()
+    with pytest.raises(RemoteError, match="RAM") as error:
+        host.call("guest.start", name="a")
+    assert (error.value.slug, host.show("a")["pid"]) == ("refused", None)
+
+
+def test_names_that_are_no_names_are_refused_by_the_api(host: KvmdHost) -> None:
+    host.start()
+    for name in ("../x", "a/b", "a,b", "a\nb", "", "-a", "x" * 48, "A"):
+        with pytest.raises(RemoteError) as error:
+            host.call("guest.start", name=name)
+        assert error.value.slug == "protocol", name
+
+
+def test_the_serial_log_is_kept_with_nobody_attached(host: KvmdHost) -> None:
+    host.guest("a", tiny(host, "a"))
+    host.start()
+    host.call("guest.start", name="a")
+    assert "a is up" in host.wait_serial("a", "a is up")
+    log = host.state / "log/a/serial-console.log"
+    assert log.stat().st_mode & 0o007 == 0
