@@ -416,10 +416,10 @@ def _guest_status(view: GuestView, reason: str | None) -> dict[str, Any]:
         "name": view.name,
         "eligible": view.bar is None,
         "reason": view.bar.why if view.bar is not None else reason,
-        "actual_bytes": view.actual_bytes,
+        "actual_bytes": view.actual_bytes if view.is_read else None,
         "used_bytes": view.used_bytes,
         "available_bytes": view.available_bytes,
-        "target_bytes": view.target_bytes,
-        "floor_bytes": view.floor_bytes,
+        "target_bytes": view.target_bytes if view.is_read else None,
+        "floor_bytes": view.floor_bytes if view.is_read else None,
         "pressed": view.pressed is not None,
     }

@@ -37,15 +37,15 @@ class HostView:
 
     @property
     def in_crisis(self) -> bool:
-        """CRIT by this very sample, not only by hysteresis: donors have no step limit and no holds."""
+        """CRIT by this very sample, not only by hysteresis: donors have no step limit."""
         worse = self.share < c.CRIT_BELOW + c.HYSTERESIS or self.psi_full > c.CRIT_PSI_FULL
         return self.state is HostState.CRIT and worse
 
     @property
     def is_dire(self) -> bool:
-        """CRIT with half of the host's own reserve eaten: now only memory that really came back may be passed on."""
+        """CRIT with half of the host's own reserve eaten: the host comes first, and holds protect no more."""
         eaten = self.spare_bytes <= -self.reserve_bytes // 2
-        return self.state is HostState.CRIT and (eaten or self.reserve_bytes == 0)
+        return self.in_crisis and (eaten or self.reserve_bytes == 0)
 
     def room_above(self, share: float) -> int:
         """Bytes above this share of the usable RAM; negative when below it."""

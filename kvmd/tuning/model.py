@@ -110,9 +110,11 @@ def _advance(
 ) -> GuestModel:
     available = reading.available_bytes or 0
     dt = max(1.0, at_s - model.stats_at_s)
-    # The figures are up to a poll older than actual. On the move, the smaller of the two balloon sizes never invents
-    # demand; what it misses, the slow decay bridges.
-    used = max(0, min(model.actual_bytes, reading.actual_bytes) - available)
+    # The figures are up to a poll older than the balloon's size. Of all sizes it may have had then, the one
+    # counts that changes use the least: a balloon on the move neither invents demand nor hides it.
+    sizes = sorted((model.actual_bytes, reading.actual_bytes))
+    least, most = (max(0, size - available) for size in sizes)
+    used = min(most, max(least, model.used_bytes))
     demand = max(float(used), used + (model.demand_bytes - used) * math.exp(-dt / c.DEMAND_DECAY_S))
     grown = used > model.steady_bytes + c.dead_band_bytes(memory)
     advanced = replace(

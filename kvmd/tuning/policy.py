@@ -48,10 +48,9 @@ def decide(state: PolicyState, snapshot: Snapshot, limits: Limits) -> Outlook:
     """One tick. Steps handed to QEMU must be reported back by `state.commit`; advice must not."""
     state, seen = observe(state, snapshot, limits)
     host, now = state.host, snapshot.time_s
-    in_crisis = host is not None and host.in_crisis
     dire = host is not None and host.is_dire
     views = tuple(
-        view_of(sample, state.guests.get(sample.name, GuestState()), limits, now, in_crisis=in_crisis, dire=dire)
+        view_of(sample, state.guests.get(sample.name, GuestState()), limits, now, dire=dire)
         for sample in sorted(snapshot.guests, key=lambda sample: sample.name)
     )
     if host is None or snapshot.host is None:
@@ -163,8 +162,8 @@ class Takes:
 def _takes(round_: Round) -> Takes:
     """What donors give now: above their floors by price; in HARD and CRIT toward the guarantees as well.
 
-    Pressed guests come first; when things are dire, the host does. The host takes only what it would gain by: memory that a guest
-    has never touched is no use to it, but moves as a right to one that needs it.
+    Pressed guests come first; when things are dire, the host does. The host takes only what it would gain by: memory
+    that a guest has never touched is no use to it, but moves as a right to one that needs it.
     """
     hard = round_.host.state >= HostState.HARD
     donors = [view for view in round_.views if view.may_donate]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from types import MappingProxyType
 
 from kvmd.tuning import constants as c
@@ -24,6 +25,14 @@ from kvmd.tuning.snapshot import (
 )
 
 Veto = tuple[str, str]  # short name, clause
+
+
+class Need(IntEnum):
+    """How badly the host needs memory: in a CRISIS steps have no limit, when it is DIRE holds protect no more."""
+
+    NONE = 0
+    CRISIS = 1
+    DIRE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +73,30 @@ def check_all(
             missing = "there are no host figures" if sample else "there is no such guest"
             checked.append(_vetoed(decision, ("no-data", missing)))
         else:
-            crisis = in_crisis(snapshot.host, limits.reserve_bytes)
+            need = need_of(snapshot.host, limits.reserve_bytes)
             own = limits.guests.get(decision.guest)
-            checked.append(check(decision, sample, own, rails.of(decision.guest), snapshot.time_s, crisis=crisis))
+            checked.append(check(decision, sample, own, rails.of(decision.guest), snapshot.time_s, need))
     return tuple(checked)
 
 
 def check(
-    decision: Decision, sample: GuestSample, limits: GuestLimits | None, track: Track, now_s: float, *, crisis: bool
+    decision: Decision, sample: GuestSample, limits: GuestLimits | None, track: Track, now_s: float, need: Need
 ) -> Decision:
     """The step as it may be carried out: unchanged, with a nearer target, or turned into no action."""
     if limits is None or limits.mode is Mode.OFF:
         return _vetoed(decision, ("off", "ballooning is off for it"))
-    decision = _clamped(decision, sample, limits, crisis=crisis)
-    veto = _veto(decision, sample, limits, track, now_s, crisis=crisis)
+    decision = _clamped(decision, sample, limits, slewless=need >= Need.CRISIS)
+    veto = _veto(decision, sample, limits, track, now_s, dire=need is Need.DIRE)
     return decision if veto is None else _vetoed(decision, veto)
 
 
-def in_crisis(host: HostSample, reserve_bytes: int) -> bool:
-    """CRIT by the raw figures, its hysteresis included."""
-    usable = usable_bytes(host, reserve_bytes)
-    share = spare_bytes(host, reserve_bytes) / usable if usable else 0.0
-    return share < c.CRIT_BELOW + c.HYSTERESIS or (host.psi_full or 0.0) > c.CRIT_PSI_FULL
+def need_of(host: HostSample, reserve_bytes: int) -> Need:
+    """By the raw figures of this moment, hysteresis included."""
+    usable, spare = usable_bytes(host, reserve_bytes), spare_bytes(host, reserve_bytes)
+    share = spare / usable if usable else 0.0
+    if share >= c.CRIT_BELOW + c.HYSTERESIS and (host.psi_full or 0.0) <= c.CRIT_PSI_FULL:
+        return Need.NONE
+    return Need.DIRE if spare <= -reserve_bytes // 2 or reserve_bytes == 0 else Need.CRISIS
 
 
 def watch(rails: RailState, snapshot: Snapshot) -> RailState:
@@ -134,14 +145,14 @@ def _vetoed(decision: Decision, veto: Veto) -> Decision:
     )
 
 
-def _clamped(decision: Decision, sample: GuestSample, limits: GuestLimits, *, crisis: bool) -> Decision:
+def _clamped(decision: Decision, sample: GuestSample, limits: GuestLimits, *, slewless: bool) -> Decision:
     """Within guaranteed and M; a take within the step limit and half of what the guest says it can spare."""
     high = sample.facts.memory_bytes
     low = min(limits.guaranteed_bytes, high)
     to, by = decision.to_bytes, None
     if decision.kind is Kind.TAKE:
         half = ((sample.reading.available_bytes if sample.reading else None) or 0) // 2
-        step = half if crisis else min(half, c.step_max_bytes(high))
+        step = half if slewless else min(half, c.step_max_bytes(high))
         if decision.from_bytes - to > step:
             to, by = decision.from_bytes - step, f"a step of at most {mib(step)}"
     if not low <= to <= high:
@@ -150,7 +161,7 @@ def _clamped(decision: Decision, sample: GuestSample, limits: GuestLimits, *, cr
 
 
 def _veto(
-    decision: Decision, sample: GuestSample, limits: GuestLimits, track: Track, now_s: float, *, crisis: bool
+    decision: Decision, sample: GuestSample, limits: GuestLimits, track: Track, now_s: float, *, dire: bool
 ) -> Veto | None:
     facts = sample.facts
     if not facts.balloon or facts.hugepages or facts.locked or facts.vfio or facts.confidential:
@@ -160,12 +171,12 @@ def _veto(
     if track.last_write_s is not None and now_s - track.last_write_s < c.WRITE_INTERVAL_S:
         return "rate", "its balloon was written less than a second ago"
     if decision.kind is Kind.TAKE:
-        return _veto_take(decision, sample, limits, track, now_s, crisis=crisis)
+        return _veto_take(decision, sample, limits, track, now_s, dire=dire)
     return _veto_give(decision, track, now_s)
 
 
 def _veto_take(
-    decision: Decision, sample: GuestSample, limits: GuestLimits, track: Track, now_s: float, *, crisis: bool
+    decision: Decision, sample: GuestSample, limits: GuestLimits, track: Track, now_s: float, *, dire: bool
 ) -> Veto | None:
     age = sample.stats_age_s(now_s)
     if sample.reading is None or sample.reading.available_bytes is None or age is None or age > c.TAKE_FRESH_S:
@@ -176,7 +187,7 @@ def _veto_take(
         return "ineligible", "it is booting" if not limits.dedicated else "it has dedicated CPUs"
     if track.barred_until_s is not None and now_s < track.barred_until_s:
         return "ineffective", "its balloon did not obey twice"
-    if crisis:
+    if dire:
         return None
     full_hold = decision.for_guests_bytes == 0  # a starving neighbour waits for the first minute of a hold only
     if track.hold_until_s is not None:

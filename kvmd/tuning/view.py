@@ -20,6 +20,7 @@ class GuestView:
     shares: int
     memory_bytes: int
     guaranteed_bytes: int
+    is_read: bool  # the sizes below are its own; otherwise it is taken to have all of its memory
     target_bytes: int
     actual_bytes: int
     available_bytes: int | None
@@ -77,10 +78,8 @@ class GuestView:
         return active + (1 - active) / (1 - c.IDLE_TAX)
 
 
-def view_of(
-    sample: GuestSample, guest: GuestState, limits: Limits, now_s: float, *, in_crisis: bool, dire: bool
-) -> GuestView:
-    """The view of one guest. `in_crisis`: the host is in CRIT, where holds no longer protect."""
+def view_of(sample: GuestSample, guest: GuestState, limits: Limits, now_s: float, *, dire: bool) -> GuestView:
+    """The view of one guest. `dire`: the host is so short that holds no longer protect."""
     mine = limits.guests.get(sample.name)
     own = mine or GuestLimits(guaranteed_bytes=sample.facts.memory_bytes, mode=Mode.OFF)
     memory, model = sample.facts.memory_bytes, guest.model
@@ -96,6 +95,7 @@ def view_of(
         shares=own.shares,
         memory_bytes=memory,
         guaranteed_bytes=guaranteed,
+        is_read=guest.actual_bytes is not None,
         target_bytes=target,
         actual_bytes=actual,
         available_bytes=known.available_bytes if known else None,
@@ -107,8 +107,8 @@ def view_of(
         wanted_bytes=model.wanted_bytes(guaranteed, memory) if model else target,
         pressed=model.pressed if model and trusted else None,
         bar=bar,
-        rest=_rest(guest, now_s, in_crisis=in_crisis),
-        held_s=0.0 if in_crisis else max(0.0, (guest.hold_until_s or 0.0) - now_s),
+        rest=_rest(guest, now_s, dire=dire),
+        held_s=0.0 if dire else max(0.0, (guest.hold_until_s or 0.0) - now_s),
         move=guest.move,
         took_s_ago=now_s - guest.last_take_s if guest.last_take_s is not None else None,
     )
@@ -128,7 +128,7 @@ def _yield_bytes(sample: GuestSample, guest: GuestState, *, dire: bool) -> int:
     return min(model.available_bytes, max(0, sample.rss_bytes - c.QEMU_OWN_BYTES - model.used_bytes))
 
 
-def _rest(guest: GuestState, now_s: float, *, in_crisis: bool) -> Bar | None:
+def _rest(guest: GuestState, now_s: float, *, dire: bool) -> Bar | None:
     """Why memory is not taken from it just now."""
     if guest.barred_until_s is not None and now_s < guest.barred_until_s:
         return Bar(
@@ -136,7 +136,7 @@ def _rest(guest: GuestState, now_s: float, *, in_crisis: bool) -> Bar | None:
         )
     if guest.move is not None:
         return Bar("moving", f"on its way to {mib(guest.move.to_bytes)}")
-    if in_crisis:
+    if dire:
         return None
     if guest.hold_until_s is not None and now_s < (until := guest.hold_until_s - guest.hold_s + c.HOLD_MIN_S):
         return Bar("held", f"the last take hurt it: held for another {until - now_s:.0f} s")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kvmd.tuning.decision import Decision, Kind
-from kvmd.tuning.rails import RailState, Track, check, check_all, in_crisis, record, record_effect, watch
+from kvmd.tuning.rails import Need, RailState, Track, check, check_all, need_of, record, record_effect, watch
 from kvmd.tuning.snapshot import (
     BalloonReading,
     GuestFacts,
@@ -38,9 +38,9 @@ def judged(
     sample: GuestSample = SAMPLE,
     limits: GuestLimits | None = LIMITS,
     track: Track | None = None,
-    crisis: bool = False,
+    need: Need = Need.NONE,
 ) -> Decision:
-    return check(decision, sample, limits, track or Track(), NOW, crisis=crisis)
+    return check(decision, sample, limits, track or Track(), NOW, need)
 
 
 def test_good_steps_pass_unchanged() -> None:
@@ -60,9 +60,9 @@ def test_steps_are_clamped_to_half_of_the_spare_and_to_the_step_limit() -> None:
     assert judged(far).to_bytes == 3 * GIB - 512 * MIB
     little = replace(SAMPLE, reading=BalloonReading(3 * GIB, 1, 200 * MIB))
     assert judged(far, sample=little).to_bytes == 3 * GIB - 100 * MIB
-    assert judged(far, sample=little, crisis=True).to_bytes == 3 * GIB - 100 * MIB
+    assert judged(far, sample=little, need=Need.CRISIS).to_bytes == 3 * GIB - 100 * MIB
     plenty = replace(SAMPLE, reading=BalloonReading(3 * GIB, 1, 2 * GIB))
-    assert judged(far, sample=plenty, crisis=True).to_bytes == 2 * GIB
+    assert judged(far, sample=plenty, need=Need.CRISIS).to_bytes == 2 * GIB
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,11 @@ def test_timing(track: Track, rule: str) -> None:
     assert judged(TAKE, track=track).rule == rule
 
 
-def test_crisis_suspends_holds_and_reversals_but_no_other_rule() -> None:
-    assert judged(TAKE, track=Track(last_give_s=NOW - 30, hold_until_s=NOW + 10), crisis=True) == TAKE
-    assert judged(TAKE, track=Track(barred_until_s=NOW + 10), crisis=True).kind is Kind.NONE
+def test_only_dire_need_suspends_holds_and_reversals_and_no_other_rule() -> None:
+    track = Track(last_give_s=NOW - 30, hold_until_s=NOW + 10)
+    assert judged(TAKE, track=track, need=Need.DIRE) == TAKE
+    assert judged(TAKE, track=track, need=Need.CRISIS).kind is Kind.NONE
+    assert judged(TAKE, track=Track(barred_until_s=NOW + 10), need=Need.DIRE).kind is Kind.NONE
 
 
 def test_a_starving_neighbour_waits_for_the_first_minute_of_a_hold_only() -> None:
@@ -155,10 +157,12 @@ def test_without_host_figures_or_guest_nothing_passes() -> None:
 
 
 def test_crisis_is_judged_by_raw_figures() -> None:
-    assert in_crisis(HostSample(100 * GIB, 2 * GIB), 0)
-    assert not in_crisis(HostSample(100 * GIB, 20 * GIB), 0)
-    assert in_crisis(HostSample(100 * GIB, 20 * GIB), 19 * GIB)
-    assert in_crisis(HostSample(100 * GIB, 20 * GIB), 200 * GIB)
+    assert need_of(HostSample(100 * GIB, 2 * GIB), 0) is Need.DIRE
+    assert need_of(HostSample(100 * GIB, 20 * GIB), 0) is Need.NONE
+    assert need_of(HostSample(100 * GIB, 20 * GIB), 19 * GIB) is Need.CRISIS
+    assert need_of(HostSample(100 * GIB, 20 * GIB), 21 * GIB) is Need.CRISIS
+    assert need_of(HostSample(100 * GIB, 20 * GIB), 50 * GIB) is Need.DIRE
+    assert need_of(HostSample(100 * GIB, 50 * GIB, psi_full=0.2), GIB) is Need.CRISIS
 
 
 def test_holds_double_while_taking_keeps_hurting() -> None:

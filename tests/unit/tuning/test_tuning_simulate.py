@@ -53,11 +53,12 @@ def violations(run: Run) -> list[str]:
         point = next(point for point in run.points if point.time_s == step.time_s)
         usable = (run.trace.total_mib - run.trace.hugetlb_mib - run.trace.reserve_mib) * MIB
         crisis = point.host_spare_bytes < 0.03 * usable
+        dire = (crisis and point.host_spare_bytes <= -run.trace.reserve_mib * MIB // 2) or not run.trace.reserve_mib
         if size > max(512 * MIB, 0.08 * high) and not crisis:
             found.append(f"{here}: above the step limit")
         if size < 16 * MIB:
             found.append(f"{here}: a crumb")
-        if step.time_s - last_give.get(name, -100.0) < 60 and not crisis:
+        if step.time_s - last_give.get(name, -100.0) < 60 and not dire:
             found.append(f"{here}: taken back within a minute of giving")
     return found
 
