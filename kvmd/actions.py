@@ -166,8 +166,30 @@ class RestartGuest(Action):
         return f"~ guest {self.guest}: restart for {self.change}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteDropIn(Action):
+    """Make a guest's systemd drop-in say exactly this; an empty text removes it."""
+
+    guest: str
+    text: str
+
+    def line(self) -> str:
+        return f"{'~' if self.text else '-'} guest {self.guest}: drop-in of its unit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnableGuest(Action):
+    """Make or remove the link by which systemd starts a guest at boot."""
+
+    guest: str
+    on: bool
+
+    def line(self) -> str:
+        return f"{'+' if self.on else '-'} guest {self.guest}: start with the host"
+
+
 HostAction = WriteKnob | SetHugepages | EnsureBridge | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
-GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest
+GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 
 

@@ -113,7 +113,13 @@ class Daemon:
             server = Server(registry, _access(manager), limits=_limits(manager))
 
             async def on_asking(asking: Asking) -> None:
-                await manager.supervisor(asking.name).asked(asking)
+                known = asking.name in manager.services.loaded.desired.guests or asking.name in manager.supervisors
+                if asking.stop and known:
+                    manager.supervisor(asking.name).unit_stops(asking)
+                elif known:
+                    await manager.supervisor(asking.name).asked(asking)
+                else:
+                    asking.refuse(f"no guest is called {asking.name}")
 
             await manager.recover()
             tasks = [
@@ -122,6 +128,8 @@ class Daemon:
                 group.create_task(self._keep_history(manager, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),
             ]
+            # Guests' units are ordered after ours: we have to be ready before their starts can end.
+            manager.prepared = lambda: systemd.notify("READY=1")
             await _reconcile(manager, "boot")
             systemd.notify("READY=1", f"STATUS={len(manager.supervisors)} guests")
             _log.info("kvmd %s is ready", __version__)

@@ -139,6 +139,15 @@ class GuestLife:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestUnit:
+    """What systemd has of one guest beyond the template."""
+
+    guest: str
+    drop_in: str = ""  # text of 50-kvmd.conf, "" for none
+    enabled: bool = False  # linked to kvmd-guests.target
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """The world, read once."""
 
@@ -153,3 +162,4 @@ class Facts:
     guests: tuple[RunningGuest, ...] = ()
     lives: tuple[GuestLife, ...] = ()
     foreign_qemu_bytes: int = 0  # RSS of QEMU processes that are not ours
+    units: tuple[GuestUnit, ...] | None = None  # None: guests are no units of systemd

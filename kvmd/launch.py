@@ -8,7 +8,8 @@ lie where the guest's uid cannot read.
     launch.py --stop RUN_DIR NAME   ask the guest to power off, wait, then quit QEMU; works without kvmd
 
 The hand-over: we send `NAME\\n`; kvmd answers with messages of one byte, each with up to 250 fds (SCM_RIGHTS); a byte
-of `.` says more follow, `!` is the last, and `-` is a refusal whose text follows. The first fd is a memfd of
+of `.` says more follow, `!` is the last, and `-` is a refusal whose text follows. `stop NAME\\n` announces that the
+guest's unit is being stopped; `!` answers it. The first fd is a memfd of
 NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
 """
 
@@ -19,6 +20,7 @@ import sys
 FORMAT = "kvmd-launch-1"
 FDS_PER_MESSAGE = 250  # the kernel's SCM_MAX_FD is 253
 ANSWER_TIMEOUT_S = 60.0  # kvmd may be compacting memory for hugepages
+ANNOUNCE_TIMEOUT_S = 3.0
 STOP_POLL_S = 0.2
 
 
@@ -87,6 +89,18 @@ def launch(run_dir: str, name: str) -> None:
         fail("cannot run " + argv[0] + ": " + str(error))
 
 
+def announce(run_dir: str, name: str) -> None:
+    """Tell kvmd that this end is wanted, so that it is not taken for a crash; go on without it when it is away."""
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    peer.settimeout(ANNOUNCE_TIMEOUT_S)
+    try:
+        peer.connect(run_dir + "/launch.sock")
+        peer.send(b"stop " + name.encode() + b"\n")
+        peer.recv(1)
+    except OSError as error:
+        os.write(2, ("kvmd-launch: kvmd was not told of the stop: " + str(error) + "\n").encode())
+
+
 def stop(run_dir: str, name: str) -> None:
     """Power the guest off through its second monitor and quit QEMU when it has, or when the time is up.
 
@@ -95,8 +109,14 @@ def stop(run_dir: str, name: str) -> None:
     import json
     import time
 
+    if "INVOCATION_ID" in os.environ and "MAINPID" not in os.environ:
+        return  # systemd runs ExecStop= after an end of QEMU's own, too (systemd.service(5))
+    announce(run_dir, name)
     patience_s = float(os.environ.get("KVMD_STOP_TIMEOUT_S", "90"))
-    here = os.open(run_dir + "/guests/" + name, os.O_PATH | os.O_DIRECTORY)
+    try:
+        here = os.open(run_dir + "/guests/" + name, os.O_PATH | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
     monitor = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     monitor.settimeout(5)
     decoder = json.JSONDecoder()

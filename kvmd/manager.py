@@ -14,7 +14,17 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from kvmd.actions import AnyAction, Disruption, Outcome, PinGuest, RestartGuest, StartGuest, StopGuest
+from kvmd.actions import (
+    AnyAction,
+    Disruption,
+    EnableGuest,
+    Outcome,
+    PinGuest,
+    RestartGuest,
+    StartGuest,
+    StopGuest,
+    WriteDropIn,
+)
 from kvmd.config.catalogue import generic, keys_of
 from kvmd.config.desired import Loaded
 from kvmd.config.files import fingerprint
@@ -69,6 +79,7 @@ class Manager:
         self._pass = asyncio.Lock()
         self._fingerprint: object = None
         self._topology = services.tree.observe_cpus()
+        self.prepared: Callable[[], None] = lambda: None  # a pass has prepared the host and goes on to start guests
         services.admit = self._admit
         services.place = self._place
 
@@ -206,6 +217,7 @@ class Manager:
             guests=guests,
             lives=self._lives(),
             foreign_qemu_bytes=tree.foreign_qemu(frozenset(guest.process.pid for guest in guests)),
+            units=self.services.units.observe() if self.services.units else None,
         )
 
     async def plan(self, *, prune: bool = False) -> Plan:
@@ -261,9 +273,15 @@ class Manager:
     async def _carry_out(self, actions: tuple[AnyAction, ...], actor: str) -> list[Outcome]:
         outcomes: list[Outcome] = []
         starts = [action for action in actions if isinstance(action, StartGuest)]
+        restarts = [action for action in actions if isinstance(action, RestartGuest)]
         for action in actions:
-            if not isinstance(action, StartGuest):
+            if not isinstance(action, StartGuest | RestartGuest):
                 outcomes.append(await self._do(action, actor))
+        if any(isinstance(action, WriteDropIn) for action in actions):
+            await self._reload_units()
+        self.prepared()
+        for restart in restarts:
+            outcomes.append(await self._do(restart, actor))
         return outcomes + await self._start_all(starts, actor)
 
     async def _start_all(self, starts: list[StartGuest], actor: str) -> list[Outcome]:
@@ -287,6 +305,14 @@ class Manager:
 
         return list(await asyncio.gather(*(one(action) for action in starts)))
 
+    async def _reload_units(self) -> None:
+        """One daemon-reload for all drop-ins of a pass. One that failed is made up for by the guest's next start."""
+        try:
+            if self.services.units:
+                await self.services.units.reload()
+        except KvmdError as error:
+            _log.error("%s", error)
+
     async def _do(self, action: AnyAction, actor: str) -> Outcome:
         """One action, its log line and its event."""
         try:
@@ -300,13 +326,16 @@ class Manager:
                     await self.start(action.guest, actor)
                 case PinGuest():
                     self._pin(action)
+                case WriteDropIn() | EnableGuest():
+                    self._tell_systemd(action)
                 case _:
                     await self._applier.apply(action)
         except KvmdError as error:
             _log.error("%s failed: %s", action.line(), error)
             self.services.publish("action.failed", None, actor, {"line": action.line(), "error": error.message})
             return Outcome(action, error.message)
-        _log.info("%s  (%s)", action.line(), action.why)
+        guest = getattr(action, "guest", None)
+        _log.info("%s  (%s)", action.line(), action.why, extra={"KVMD_GUEST": guest} if guest else None)
         self.services.publish("action.done", None, actor, {"line": action.line(), "why": action.why})
         return Outcome(action)
 
@@ -388,6 +417,15 @@ class Manager:
             affinity=tuple(str(process.affinity(tid)) for tid in threads),
             emulator=str(process.affinity(found.pid)),
         )
+
+    def _tell_systemd(self, action: WriteDropIn | EnableGuest) -> None:
+        units = self.services.units
+        if units is None:
+            return
+        if isinstance(action, WriteDropIn):
+            units.write_drop_in(action.guest, action.text)
+        else:
+            units.enable(action.guest, on=action.on)
 
     def _pin(self, action: PinGuest) -> None:
         supervisor = self.supervisor(action.guest)

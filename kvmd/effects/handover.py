@@ -22,7 +22,7 @@ from kvmd.launch import FDS_PER_MESSAGE, FORMAT
 
 _log = logging.getLogger(__name__)
 NAME_TIMEOUT_S = 5.0
-_NAME = re.compile(rb"[a-z0-9](?:[a-z0-9-]{0,45}[a-z0-9])?\n")
+_NAME = re.compile(rb"(stop )?([a-z0-9](?:[a-z0-9-]{0,45}[a-z0-9])?)\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,10 @@ class Spec:
 class Asking:
     """A launcher that waits for its hand-over."""
 
-    def __init__(self, name: str, pid: int, peer: socket.socket) -> None:
+    def __init__(self, name: str, pid: int, peer: socket.socket, *, stop: bool = False) -> None:
         self.name = name
         self.pid = pid
+        self.stop = stop  # no hand-over is asked for: the guest's unit is being stopped
         self._peer = peer
 
     def hand_over(self, spec: Spec, fds: Sequence[tuple[int, int]]) -> None:
@@ -70,6 +71,12 @@ class Asking:
         finally:
             os.close(memfd)
             self._peer.close()
+
+    def note(self) -> None:
+        """A stop is known; whoever announced it may go on."""
+        with contextlib.suppress(OSError):
+            self._peer.send(b"!")
+        self._peer.close()
 
     def refuse(self, message: str) -> None:
         """Say no; the launcher prints the message and ends."""
@@ -101,11 +108,12 @@ class HandoverServer:
         except (OSError, TimeoutError):
             peer.close()
             return
-        if uid != 0 or not _NAME.fullmatch(line):
+        asked = _NAME.fullmatch(line)
+        if uid != 0 or asked is None:
             _log.warning("refused a hand-over to pid %d of uid %d: only root's launchers are answered", pid, uid)
             peer.close()
             return
-        await self._on_asking(Asking(line[:-1].decode(), pid, peer))
+        await self._on_asking(Asking(asked[2].decode(), pid, peer, stop=asked[1] is not None))
 
     async def _read_name(self, peer: socket.socket) -> bytes:
         loop = asyncio.get_running_loop()

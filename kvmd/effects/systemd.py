@@ -20,8 +20,15 @@ from systemd.journal import JournalHandler
 
 from kvmd.effects.files import write_atomic
 from kvmd.errors import HostFailed, TimedOut
+from kvmd.facts import GuestUnit
 
 SYSTEMCTL_TIMEOUT_S = 20.0
+STATUS_POLL_S = 0.05
+STATUS_TRIES = 60
+CLD_EXITED = 1  # siginfo(7): anything else is a signal
+TEMPLATE = "/usr/local/lib/systemd/system/kvmd-guest@.service"  # where scripts/install puts it
+DROP_IN = "50-kvmd.conf"
+_DROP_INS = "kvmd-guest@*.service.d"
 
 
 def supervised() -> bool:
@@ -36,6 +43,11 @@ def supervised() -> bool:
 def guest_unit(name: str) -> str:
     """The unit that runs this guest. Guest names need no escaping, except `-`, which %i keeps as it is."""
     return f"kvmd-guest@{name}.service"
+
+
+def _instance(name: str) -> str:
+    """The guest of a unit's or drop-in directory's name."""
+    return name.removeprefix("kvmd-guest@").split(".service", 1)[0]
 
 
 def notify(*assignments: str) -> None:
@@ -63,6 +75,7 @@ def log_handler() -> logging.Handler:
     if os.environ.get("JOURNAL_STREAM"):
         with contextlib.suppress(OSError):
             to_journal: logging.Handler = JournalHandler(SYSLOG_IDENTIFIER="kvmd")
+            to_journal.setFormatter(logging.Formatter("%(message)s"))  # the rest are fields
             return to_journal
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -79,6 +92,33 @@ class Units:
         """Queue the start of a guest's unit; its launcher then asks for the hand-over. HostFailed, TimedOut."""
         await self._systemctl("start", "--no-block", guest_unit(guest))
 
+    async def check_start(self, guest: str) -> None:
+        """For a start whose launcher has not asked yet. HostFailed when the unit failed.
+
+        One that is inactive is started again: the first request came while systemd had not yet seen the end of the
+        QEMU before, and was nothing to it.
+        """
+        shown = await self._show(guest, "ActiveState", "Result", "Job")
+        if shown["Job"] != "0" and shown["Job"]:
+            return
+        if shown["ActiveState"] == "failed":
+            raise HostFailed(
+                f"guest {guest}: systemd could not start its launcher ({shown['Result']})",
+                hint=f"journalctl -u {guest_unit(guest)}",
+            )
+        if shown["ActiveState"] == "inactive":
+            await self.start(guest)
+
+    def observe(self) -> tuple[GuestUnit, ...]:
+        """Every guest that has a drop-in of ours or is enabled, by name. HostFailed."""
+        try:
+            texts = {_instance(path.parent.name): path.read_text() for path in self._etc.glob(f"{_DROP_INS}/{DROP_IN}")}
+        except OSError as error:
+            raise HostFailed(f"cannot read the drop-ins in {self._etc}: {error.strerror}") from None
+        enabled = {_instance(link.name) for link in self._link("*").parent.glob("kvmd-guest@*.service")}
+        names = sorted(texts.keys() | enabled)
+        return tuple(GuestUnit(name, texts.get(name, ""), name in enabled) for name in names)
+
     def enabled(self, guest: str) -> bool:
         """Whether systemd starts this guest at boot."""
         return self._link(guest).is_symlink()
@@ -89,7 +129,8 @@ class Units:
         try:
             if on:
                 link.parent.mkdir(mode=0o755, exist_ok=True)
-                link.symlink_to("/lib/systemd/system/kvmd-guest@.service")
+                link.parent.chmod(0o755)  # whatever our umask is
+                link.symlink_to(TEMPLATE)
             else:
                 link.unlink(missing_ok=True)
         except FileExistsError:
@@ -97,36 +138,52 @@ class Units:
         except OSError as error:
             raise HostFailed(f"guest {guest}: cannot change {link}: {error.strerror}") from None
 
-    async def write_drop_in(self, guest: str, text: str) -> bool:
-        """Make the guest's drop-in say exactly this (empty: none). True if it changed and systemd was reloaded."""
-        path = self._etc / f"{guest_unit(guest)}.d" / "50-kvmd.conf"
+    def write_drop_in(self, guest: str, text: str) -> bool:
+        """Make the guest's drop-in say exactly this (empty: none). True if it changed: then `reload`. HostFailed."""
+        path = self._etc / f"{guest_unit(guest)}.d" / DROP_IN
         try:
-            old = path.read_text()
-        except OSError:
-            old = ""
-        if old == text:
-            return False
-        if text:
-            path.parent.mkdir(mode=0o755, exist_ok=True)
-            write_atomic(path, text.encode(), mode=0o644)
-        else:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-        await self._systemctl("daemon-reload")
+            if (path.read_text() if path.exists() else "") == text:
+                return False
+            if text:
+                path.parent.mkdir(mode=0o755, exist_ok=True)
+                path.parent.chmod(0o755)
+                write_atomic(path, text.encode(), mode=0o644)
+            else:
+                path.unlink()
+                with contextlib.suppress(OSError):  # someone else's drop-ins are there too
+                    path.parent.rmdir()
+        except OSError as error:
+            raise HostFailed(f"guest {guest}: cannot change {path}: {error.strerror}") from None
         return True
 
-    async def exit_status(self, guest: str) -> int | None:
-        """How the guest's last QEMU ended, as waitpid would say (negative: signal); None if systemd forgot."""
-        shown = await self._systemctl("show", "-p", "ExecMainCode", "-p", "ExecMainStatus", guest_unit(guest))
-        values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-        code, status = values.get("ExecMainCode", "0"), values.get("ExecMainStatus", "0")
-        if code == "0":
-            return None
-        return int(status) if code == "1" else -int(status)
+    async def reload(self) -> None:
+        """Make systemd read drop-ins again. HostFailed, TimedOut."""
+        await self._systemctl("daemon-reload")
+
+    async def exit_status(self, guest: str, pid: int) -> int | None:
+        """How the QEMU with this pid ended, as waitpid would say (negative: signal); None if that cannot be known.
+
+        Waits a moment for systemd to see it. A unit that ended well is forgotten: that is 0; one that did not is kept.
+        """
+        for _ in range(STATUS_TRIES):
+            shown = await self._show(guest, "ActiveState", "ExecMainPID", "ExecMainCode", "ExecMainStatus")
+            if shown["ExecMainPID"] == str(pid) and shown["ExecMainCode"] != "0":
+                status = int(shown["ExecMainStatus"])
+                return status if shown["ExecMainCode"] == str(CLD_EXITED) else -status
+            if shown["ExecMainPID"] not in ("0", str(pid)):
+                return None  # it runs again already
+            if shown["ActiveState"] == "inactive":
+                return 0
+            await asyncio.sleep(STATUS_POLL_S)
+        return None
 
     def _link(self, guest: str) -> Path:
         return self._etc / "kvmd-guests.target.wants" / guest_unit(guest)
+
+    async def _show(self, guest: str, *names: str) -> Mapping[str, str]:
+        """Properties of a guest's unit (org.freedesktop.systemd1(5)); "" for one it does not have."""
+        shown = await self._systemctl("show", *(f"--property={name}" for name in names), guest_unit(guest))
+        return dict.fromkeys(names, "") | dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
     async def _systemctl(self, *arguments: str) -> str:
         process = await asyncio.create_subprocess_exec(

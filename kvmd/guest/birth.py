@@ -21,6 +21,7 @@ from kvmd.guest.services import Services
 from kvmd.qemu.fds import Launch
 
 LAUNCHER_TIMEOUT_S = 30.0  # a loaded machine boots twenty guests; systemd itself may be busy
+UNIT_CHECK_S = 2.0
 GREETING_BASE_S = 10.0
 PREALLOC_S_PER_GIB = 4.0  # touching pages on a slow node, with compaction
 
@@ -35,6 +36,10 @@ class Birth:
     _spawned: Watched | None = None
     _aborted: bool = False
     greeting_timeout_s: float = GREETING_BASE_S
+
+    def __post_init__(self) -> None:
+        # A launcher that systemd started is there before launch() runs.
+        self._asking = asyncio.get_running_loop().create_future()
 
     def accept(self, asking: Asking) -> bool:
         """Take a launcher that is provably this birth's; False leaves it to be refused."""
@@ -58,15 +63,14 @@ class Birth:
 
     async def launch(self) -> tuple[Watched, GuestRun, Launch]:
         """From the file to a QEMU that was exec'ed. Raises whatever made that impossible; nothing is left then."""
-        self._asking = asyncio.get_running_loop().create_future()
         decided = await self.services.decide(self.name)
         self.greeting_timeout_s = _greeting_timeout_s(decided.guest)
         self.services.store.begin_start(decided.run)
         if self.services.units is None:
             self._spawned = self._spawn()
             self.services.record_process(decided.run, self._spawned)
-        elif not self._asking.done():
-            await self.services.units.start(self.name)
+        elif self._asking and not self._asking.done():
+            await self.services.start_unit(self.name, decided.guest)
         launch, descriptors = await self.services.open(self.name, decided)
         with contextlib.closing(descriptors):
             argv = launch.argv(decided.emulator)
@@ -99,7 +103,11 @@ class Birth:
         waits: set[asyncio.Future[Asking] | asyncio.Future[int | None]] = {asking}
         if self._spawned:
             waits.add(self._spawned.exited)
-        await asyncio.wait(waits, timeout=LAUNCHER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        for _ in range(round(LAUNCHER_TIMEOUT_S / UNIT_CHECK_S)):
+            await asyncio.wait(waits, timeout=UNIT_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
+            if self._aborted or any(wait.done() for wait in waits):
+                break
+            await self.services.check_unit(self.name)
         if self._aborted or asking.cancelled():
             raise Conflict(f"guest {self.name}: the start was cancelled")
         if asking.done():

@@ -84,6 +84,7 @@ class Adopted:
 @dataclass(frozen=True, slots=True)
 class StopAsked:
     actor: str
+    told: bool = False  # whoever asks has pressed the guest's power button already
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +196,8 @@ def step(life: Life, event: Event, policy: Policy) -> Step:
             return Life(State.FAILED, message, Cause.START_FAILED), (Effect.KILL, Effect.RELEASE)
         case Adopted(status):
             return _seen(Life(State.UNREACHABLE, "monitor silent"), status, policy)
-        case StopAsked(actor):
-            return _stop_asked(life, actor)
+        case StopAsked(actor, told):
+            return _stop_asked(life, actor, told=told)
         case StopGaveUp(waited_s):
             if life.state is not State.STOPPING or life.cause is not Cause.ADMIN_STOP:
                 return life, ()
@@ -231,12 +232,15 @@ def _start_asked(life: Life) -> Step:
     return Life(State.STARTING), (Effect.LAUNCH,)
 
 
-def _stop_asked(life: Life, actor: str) -> Step:
+def _stop_asked(life: Life, actor: str, *, told: bool) -> Step:
+    stopping = Life(State.STOPPING, f"stop asked by {actor}", Cause.ADMIN_STOP)
     match life.state:
+        case State.RUNNING | State.PAUSED | State.UNREACHABLE if told:
+            return stopping, ()
         case State.RUNNING | State.PAUSED:
-            return Life(State.STOPPING, f"stop asked by {actor}", Cause.ADMIN_STOP), (Effect.POWERDOWN,)
+            return stopping, (Effect.POWERDOWN,)
         case State.STARTING:
-            return Life(State.STOPPING, f"stop asked by {actor}", Cause.ADMIN_STOP), (Effect.KILL,)
+            return stopping, (Effect.KILL,)
         case State.FAILED:
             return Life(State.STOPPED, life.reason), ()
         case _:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import grp
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -34,16 +35,18 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
-from kvmd.errors import ConfigInvalid, NotFound, QemuFailed, Refused
+from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
 from kvmd.plan.network import tap_name
+from kvmd.plan.units import drop_in
 from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
 
+_log = logging.getLogger(__name__)
 Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
 
 
@@ -336,6 +339,28 @@ class Services:
         if count > restart.limit:
             raise Refused(f"not restarted: {count} ends within {restart.within} (restart.limit = {restart.limit})")
         return float(restart.backoff) * float(2 ** min(count - 1, 10))
+
+    async def start_unit(self, name: str, guest: Guest) -> None:
+        """Start the guest's unit, told first what this guest needs beyond the template. HostFailed, TimedOut."""
+        assert self.units is not None
+        if self.units.write_drop_in(name, drop_in(name, guest)):
+            await self.units.reload()
+        await self.units.start(name)
+
+    async def check_unit(self, name: str) -> None:
+        """For a start that waits for its launcher: see that the unit is on its way. HostFailed when it failed."""
+        if self.units is not None:
+            await self.units.check_start(name)
+
+    async def unit_status(self, name: str, pid: int) -> int | None:
+        """How a QEMU that was not our child ended, as of waitpid; None when there is no unit or systemd forgot."""
+        if self.units is None:
+            return None
+        try:
+            return await self.units.exit_status(name, pid)
+        except KvmdError as error:
+            _log.warning("guest %s: %s", name, error, extra={"KVMD_GUEST": name})
+            return None
 
     def is_unit_of(self, name: str, pid: int) -> bool:
         """Whether systemd runs this pid as the guest's unit."""

@@ -8,6 +8,7 @@ any other guest. Nothing raised here leaves: a birth that fails ends in FAILED w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,12 @@ from kvmd.config.guest import Guest
 from kvmd.effects.handover import Asking
 from kvmd.effects.process import Watched
 from kvmd.effects.qmp import Monitor
-from kvmd.effects.records import GuestRun
+from kvmd.effects.records import GuestRun, WantedState
 from kvmd.errors import Conflict, HostFailed, KvmdError, QemuFailed, TimedOut, Unreachable
 from kvmd.facts import Process
 from kvmd.guest import lifecycle
 from kvmd.guest.birth import Birth
-from kvmd.guest.lifecycle import ALIVE, Effect, Life, Policy, State
+from kvmd.guest.lifecycle import ALIVE, Cause, Effect, Life, Policy, State
 from kvmd.guest.services import Born, Services
 from kvmd.qemu import events as qmp_events
 from kvmd.qemu.fds import Launch
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 RECONNECT_FIRST_S = 0.5
 RECONNECT_LONGEST_S = 30.0
+LAUNCHER_PATIENCE_S = 10.0  # a launcher waits for its hand-over longer than that
 KILL_TIMEOUT_S = 30.0  # SIGKILL on a QEMU with much memory: the kernel frees it page by page
 START_SETTLE_S = 600.0  # an upper bound only; the birth has its own deadlines
 
@@ -148,10 +150,28 @@ class Supervisor:
 
     async def asked(self, asking: Asking) -> None:
         """A launcher asks for its hand-over: it belongs to the birth under way, or systemd starts one."""
+        if self.state is State.STOPPING:  # systemctl restart: systemd was faster than our pidfd
+            with contextlib.suppress(TimedOut):
+                await self._until(lambda: self.state not in ALIVE, LAUNCHER_PATIENCE_S, "stop")
         if self._birth is None and self.state not in ALIVE and self.services.is_unit_of(self.name, asking.pid):
+            try:
+                self._want_by_systemd("running", "its unit was started")
+            except KvmdError as error:
+                asking.refuse(str(error))
+                return
             self._feed(lifecycle.StartAsked("systemd"))
         if self._birth is None or not self._birth.accept(asking):
             asking.refuse(f"kvmd expects no start of guest {self.name} by pid {asking.pid}")
+
+    def unit_stops(self, asking: Asking) -> None:
+        """systemd stops the guest's unit; its launcher tells us, then asks the guest. From here on it is no crash."""
+        if self.services.is_unit_of(self.name, asking.pid) and self.state in ALIVE:
+            try:
+                self._want_by_systemd("stopped", "its unit was stopped")
+            except KvmdError as error:  # a full disk: it stops all the same
+                _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
+            self._feed(lifecycle.StopAsked("systemd", told=True))
+        asking.note()
 
     def note_balloon(self, actual_bytes: int) -> None:
         """The guest's memory is seen to be this much."""
@@ -167,17 +187,21 @@ class Supervisor:
         watched = Watched.open(process) if process else None
         if watched is None:
             self._set(Life(State.STARTING if record.process is None else State.RUNNING))
-            self._feed(lifecycle.Exited(None, self.services.last_words(self.name)))
+            status = await self.services.unit_status(self.name, process.pid) if process else None
+            if status == 0:  # a guest's own end waits for us in QEMU; this one was asked of its unit
+                self._set(Life(State.STOPPING, "its unit was stopped while kvmd was away", Cause.ADMIN_STOP))
+                self._want_by_systemd("stopped", "its unit was stopped while kvmd was away")
+            self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
             return
         if record.process is None:
             record = self.services.store.record_process(self.name, watched.process.pid, watched.process.start_time)
         self._take(watched, record)
         self.status = replace(self.status, process=watched.process)
-        status = await self._connect()
-        self._feed(lifecycle.Adopted(status))
+        run_state = await self._connect()
+        self._feed(lifecycle.Adopted(run_state))
         if self.state is State.STARTING:  # killed between -S and cont: finish what was begun
             self._spawn(self._finish_adopted(), "finish")
-        elif self._run and status is not None:
+        elif self._run and run_state is not None:
             self._run.born = await self.services.inspect(self._run.monitor)
             self.status = replace(self.status, balloon_bytes=self._run.born.balloon_bytes)
 
@@ -198,6 +222,8 @@ class Supervisor:
             self._set(life)
             data = {"reason": life.reason, "cause": life.cause}
             self.services.publish(f"guest.{life.state}", self.name, None, data)
+            words = f" ({life.reason})" if life.reason else ""
+            _log.info("guest %s: %s%s", self.name, life.state, words, extra={"KVMD_GUEST": self.name})
         for effect in effects:
             self._carry_out(effect)
         if life != before:
@@ -244,7 +270,17 @@ class Supervisor:
                 pass
 
     def _on_exit(self, run: _Run, status: int | None) -> None:
-        if run is self._run:  # a QEMU that outlived its run must not end the next one
+        if run is not self._run:  # a QEMU that outlived its run must not end the next one
+            return
+        if status is None and self.services.units and self.status.life.cause is None:
+            self._spawn(self._ask_status(run), "status")
+        else:
+            self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
+
+    async def _ask_status(self, run: _Run) -> None:
+        """An end nobody asked for, of a process that is systemd's child: systemd knows how."""
+        status = await self.services.unit_status(self.name, run.process.process.pid)
+        if run is self._run:
             self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
 
     # ---- effects ----------------------------------------------------------------------------------------------
@@ -365,6 +401,11 @@ class Supervisor:
             self.services.want(self.name, "stopped", actor="guest", reason=self.status.life.reason)
         except KvmdError as error:  # a full disk: the guest is off all the same
             _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
+
+    def _want_by_systemd(self, state: WantedState, reason: str) -> None:
+        wanted = self.services.store.wanted(self.name)
+        if wanted is None or wanted.state != state:
+            self.services.want(self.name, state, actor="systemd", reason=reason)
 
     async def _restart(self) -> None:
         try:

@@ -13,7 +13,7 @@ from kvmd.actions import AnyAction, Disruption, Problem
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
-from kvmd.plan import admission, cpus, guests, hugepages, ksm, network
+from kvmd.plan import admission, cpus, guests, hugepages, ksm, network, units
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ def plan(
     problems = [problem for _, found in parts for problem in found]
     problems += _admissions(desired, facts)
     blocked = frozenset(name for problem in problems for name in problem.guests)
+    actions += units.plan_units(desired.guests, facts, prune=prune)
     actions += guests.plan_guests(desired.guests, facts.lives, blocked, prune=prune)
     return Plan(tuple(actions), tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))))  # type: ignore[arg-type]
 
