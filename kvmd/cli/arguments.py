@@ -136,11 +136,11 @@ def usage(verb: Verb) -> str:
     return " ".join(parts)
 
 
-def nearest(word: str, names: Iterable[str]) -> str | None:
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The name probably meant, None if nothing is close."""
     import difflib
 
-    close = difflib.get_close_matches(word, sorted(names), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, sorted(names), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
@@ -162,9 +162,10 @@ def _take_option(
     name, has_value, value = word.partition("=") if word.startswith("--") else (word, "", "")
     option = known.get(name)
     if option is None:
-        near = nearest(name, (known_name for known_name, row in known.items() if not row.hidden))
+        near = nearest(name, (known_name for known_name, row in known.items() if not row.hidden), 0.75)
         raise UsageError(
-            f"{where} has no option {name}", hint=f"did you mean {near}?" if near else "--help lists the options"
+            f"{where} has no option {name}",
+            hint=f"did you mean {near}?" if near else "--help lists the options; a command's own stand behind it",
         )
     if option.metavar is None:
         if has_value:

@@ -151,6 +151,8 @@ def details(guest: Mapping[str, Any], *, now: float, on: bool) -> str:
     lines = [f"{clean(guest['name'])}: {state}{since}" + (f" ({clean('; '.join(said))})" if said else "")]
     lines += fields(
         ("description", guest["description"]),
+        ("owner", guest["owner"]),
+        ("tags", ", ".join(guest["tags"])),
         ("uuid", guest["uuid"]),
         ("pid", guest["pid"]),
         ("machine", " ".join(filter(None, (guest["machine"], guest["accel"])))),

@@ -95,7 +95,7 @@ def tell(error: KvmdError) -> None:
 
     sys.stdout.flush()
     sys.stderr.write(f"kvmd-cli: {clean(error.message)}\n")
-    for fault in error.details.get("faults", ()):
+    for fault in error.details.get("faults", ()) if error.slug == "config-invalid" else ():
         if str(fault) not in error.message:
             sys.stderr.write(f"  {clean(str(fault))}\n")
     if error.hint:
