@@ -126,6 +126,8 @@ def _image(tree: Tree, name: str, key: str, path: str, guest: Guest, roots: list
         growth_bytes=_growth(opened) if disk and disk.writable else 0,
         file_system=found.st_dev,
         free_bytes=opened.free_bytes,
+        content=opened.info.content,
+        warnings=opened.info.warnings,
     )
 
 

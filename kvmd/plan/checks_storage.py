@@ -41,7 +41,15 @@ def image_format(report: HostReport) -> Iterator[Finding]:
     broken = [image for image in report.images if image.slug == "refused"]
     for image in broken:
         yield fail(f"guest {image.guest}: {image.key}: {image.message}", image.hint or f"qemu-img info {image.path}")
-    if not broken:
+    odd = [image for image in report.images if image.warnings]
+    for image in odd:
+        fix = f"qemu-img info {image.path}"
+        if image.content == "qcow2":
+            fix = (
+                f'format = "qcow2" in [{image.key}] of guests.d/{image.guest}.toml, unless the guest wrote that header'
+            )
+        yield warn(f"{_shown(image)} {'; '.join(image.warnings)}", fix)
+    if not broken and not odd:
         opened = sum(image.slug is None for image in report.images)
         yield ok(f"{opened} headers are as declared") if opened else skip("no image could be read")
 
@@ -97,7 +105,7 @@ def image_space(report: HostReport) -> Iterator[Finding]:
             yield warn(
                 f"images of {', '.join(names[:3])} may still grow by {Size(growth).human()}, and {where} has"
                 f" {Size(free).human()} free: a guest that finds it full stops",
-                f"df -h {where}; qemu-img convert or a larger file system for {names[0]}",
+                f"df -h {where} && du -sh {where}/*",
             )
     if clean:
         yield ok("images can grow to their full size") if on else skip("no image file could be read")

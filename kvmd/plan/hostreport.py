@@ -138,6 +138,8 @@ class ImageReport:
     growth_bytes: int = 0  # what a writable image may still take of the file system
     file_system: int = 0  # its device number, to add up what lies on one
     free_bytes: int | None = None  # None for a device
+    content: str = "raw"  # what the header looks like, whatever was declared
+    warnings: tuple[str, ...] = ()  # of qemu.imageheader
 
 
 @dataclass(frozen=True, slots=True)
