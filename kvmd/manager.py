@@ -78,6 +78,7 @@ class Manager:
         self._spawn = spawn
         self._pass = asyncio.Lock()
         self._fingerprint: object = None
+        self._pending: dict[str, tuple[Guest, str, tuple[str, ...]]] = {}
         self._topology = services.tree.observe_cpus()
         self.prepared: Callable[[], None] = lambda: None  # a pass has prepared the host and goes on to start guests
         services.admit = self._admit
@@ -375,7 +376,8 @@ class Manager:
     def _place(self, name: str) -> cpus.Placement | None:
         """Where the guest's threads go. Refused when there is no room."""
         alive = {supervisor.name for supervisor in self.supervisors.values() if supervisor.state in ALIVE}
-        taken = cpus.taken_by(Facts(guests=self._all_running()))
+        threads = {s.name: s.vcpu_threads for s in self.supervisors.values() if s.state in ALIVE and s.vcpu_threads}
+        taken = {other: tuple(process.affinity(tid) for tid in tids) for other, tids in threads.items()}
         return cpus.place_guest(name, self.services.loaded.desired, self._topology, alive, taken=taken)
 
     # ---- facts about guests -------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ class Manager:
         held = next((hold.reason or "held" for hold in store.holds() if hold.guest == name), None)
         if supervisor.state is State.FAILED and supervisor.status.life.cause is not Cause.START_FAILED:
             held = held or supervisor.status.life.reason
-        pending = pending_changes(supervisor.record, guest) if alive else ()
+        pending = self.pending(supervisor) if alive else ()
         settling = supervisor.state in (State.STARTING, State.STOPPING)
         return GuestLife(name, alive=alive, wanted=shall, held=held, pending=pending, settling=settling)
 
@@ -427,6 +429,16 @@ class Manager:
         else:
             units.enable(action.guest, on=action.on)
 
+    def pending(self, supervisor: Supervisor) -> tuple[str, ...]:
+        """Keys of the guest's file that wait for a new QEMU; compared once for each run and each reading of files."""
+        run, guest = supervisor.record, self.services.guest(supervisor.name)
+        if run is None or guest is None:
+            return ()
+        known = self._pending.get(supervisor.name)
+        if known is None or known[0] is not guest or known[1] != run.config_text:
+            known = self._pending[supervisor.name] = guest, run.config_text, pending_changes(run, guest)
+        return known[2]
+
     def _pin(self, action: PinGuest) -> None:
         supervisor = self.supervisor(action.guest)
         found = supervisor.status.process
@@ -440,7 +452,10 @@ def pending_changes(run: GuestRun | None, guest: Guest | None) -> tuple[str, ...
     """Keys in which the file differs from what the running QEMU was started with, and that need a new one."""
     if run is None or guest is None or not run.config_text:
         return ()
-    old, new = started_config(run), json.loads(guest.model_dump_json(by_alias=True))
+    text = guest.model_dump_json(by_alias=True)
+    if text == run.config_text:
+        return ()
+    old, new = started_config(run), json.loads(text)
     return tuple(key for key in _differences(old, new) if _needs_restart(key))
 
 

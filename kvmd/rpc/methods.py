@@ -19,7 +19,7 @@ from kvmd.actions import AnyAction, Disruption, Outcome, Problem
 from kvmd.config.desired import Fault
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
-from kvmd.manager import Manager, Report, pending_changes
+from kvmd.manager import Manager, Report
 from kvmd.plan.network import tap_name
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
@@ -167,7 +167,7 @@ class Methods:
             balloon_bytes=status.balloon_bytes,
             wanted=wanted.state if wanted else None,
             since=status.since or None,
-            pending=pending_changes(run, guest),
+            pending=self._manager.pending(supervisor),
             stale=name in services.loaded.desired.stale,
             observed_at=status.observed_at,
         )

@@ -20,7 +20,8 @@ _DAY_S = 86_400
 class Shape(BaseModel):
     """Common rules of everything here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Deferred: a shape is built at its first use, which most never see before kvmd has answered its first client.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 # -- guests
