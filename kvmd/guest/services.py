@@ -88,6 +88,8 @@ class Services:
     loaded: Loaded = field(default_factory=lambda: Loaded(desired=Desired()))
     _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
     _kvm: Kvm = field(default_factory=lambda: Kvm(usable=False, reason="not looked at yet", fix=None))
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one probe at a time: twenty starts want the same
+    _identities: dict[str, tuple[object, Identity]] = field(default_factory=dict)  # by what changes with the file
 
     # ---- the guest as its file has it ---------------------------------------------------------------------------
 
@@ -113,9 +115,15 @@ class Services:
         """The guest's identity as it was last written; None before its first start."""
         path = self.paths.guest_state(name) / "identity.toml"
         try:
-            return identity.from_toml(name, path.read_text())
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            known = self._identities.get(name)
+            if known is None or known[0] != stamp:
+                known = self._identities[name] = stamp, identity.from_toml(name, path.read_text())
         except FileNotFoundError:
+            self._identities.pop(name, None)
             return None
+        return known[1]
 
     # ---- before a birth -----------------------------------------------------------------------------------------
 
@@ -161,13 +169,17 @@ class Services:
         """The accelerator and a warning; KVM is proved once and asked for again as long as it was not usable."""
         if guest.machine.accel != "tcg" and not self._kvm.usable:
             low, _ = self.loaded.desired.daemon.qemu.uid_range
-            self._kvm = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
+            async with self._asking:
+                if not self._kvm.usable:
+                    self._kvm = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
         return choose_accel(guest.machine.accel, self._kvm)
 
     async def _capabilities(self, emulator: str, accel: Accel) -> Capabilities:
         key = (emulator, *_stamp(emulator), accel)
         if key not in self._caps:
-            self._caps[key] = await probe(emulator, accel, self.paths.state / "cache")
+            async with self._asking:
+                if key not in self._caps:
+                    self._caps[key] = await probe(emulator, accel, self.paths.state / "cache")
         return self._caps[key]
 
     def _allot_identity(self, name: str, guest: Guest, caps: Capabilities) -> Identity:
