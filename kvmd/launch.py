@@ -21,6 +21,7 @@ FORMAT = "kvmd-launch-1"
 FDS_PER_MESSAGE = 250  # the kernel's SCM_MAX_FD is 253
 ANSWER_TIMEOUT_S = 60.0  # kvmd may be compacting memory for hugepages
 ANNOUNCE_TIMEOUT_S = 3.0
+QUIT_TIMEOUT_S = 15.0
 STOP_POLL_S = 0.2
 
 
@@ -101,6 +102,15 @@ def announce(run_dir: str, name: str) -> None:
         os.write(2, ("kvmd-launch: kvmd was not told of the stop: " + str(error) + "\n").encode())
 
 
+def host_goes_down() -> bool:
+    """Whether systemd is shutting the host down."""
+    read_fd, write_fd = os.pipe()
+    to_pipe = [(os.POSIX_SPAWN_DUP2, write_fd, 1)]
+    os.posix_spawnp("systemctl", ["systemctl", "is-system-running"], os.environ, file_actions=to_pipe)
+    os.close(write_fd)
+    return os.read(read_fd, 64) == b"stopping\n"
+
+
 def stop(run_dir: str, name: str) -> None:
     """Power the guest off through its second monitor and quit QEMU when it has, or when the time is up.
 
@@ -113,6 +123,8 @@ def stop(run_dir: str, name: str) -> None:
         return  # systemd runs ExecStop= after an end of QEMU's own, too (systemd.service(5))
     announce(run_dir, name)
     patience_s = float(os.environ.get("KVMD_STOP_TIMEOUT_S", "90"))
+    if os.environ.get("KVMD_AT_HOST_SHUTDOWN") == "kill" and host_goes_down():
+        patience_s = 0.0
     try:
         here = os.open(run_dir + "/guests/" + name, os.O_PATH | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -142,7 +154,8 @@ def stop(run_dir: str, name: str) -> None:
     try:
         monitor.connect(f"/proc/self/fd/{here}/rescue.sock")
         ask("qmp_capabilities")
-        ask("system_powerdown")
+        if patience_s > 0:
+            ask("system_powerdown")
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             answer = ask("query-status").get("return")
@@ -150,6 +163,9 @@ def stop(run_dir: str, name: str) -> None:
                 break
             time.sleep(STOP_POLL_S)
         ask("quit")
+        monitor.settimeout(QUIT_TIMEOUT_S)
+        while monitor.recv(65536):  # until it has written back: systemd sends SIGTERM when we return
+            pass
     except OSError:
         return  # gone already: that is what was asked
 

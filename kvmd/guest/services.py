@@ -159,6 +159,8 @@ class Services:
     async def identify(self, name: str) -> None:
         """Give a guest its identity before its first start. QemuFailed, NotSupported, Refused."""
         guest, known = self.declared(name), self.identity(name)
+        if self.units:
+            files.ensure_dir(self.paths.guest_log(name), 0o750)  # systemd may be the first to start it
         if known is None or guest.nic.keys() - known.macs.keys():
             self._allot_identity(name, guest, await self._capabilities(self._emulator(guest), "tcg"))
 
@@ -227,6 +229,7 @@ class Services:
                 vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
                 sandbox=daemon.qemu.sandbox,
             )
+            files.ensure_dir(opener.log_dir, 0o750)
             files.ensure_dir(opener.run_dir, 0o711)
             files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
             if decided.warning:
@@ -355,6 +358,7 @@ class Services:
     async def start_unit(self, name: str, guest: Guest) -> None:
         """Start the guest's unit, told first what this guest needs beyond the template. HostFailed, TimedOut."""
         assert self.units is not None
+        files.ensure_dir(self.paths.guest_log(name), 0o750)  # where the unit appends QEMU's words
         if self.units.write_drop_in(name, drop_in(name, guest)):
             await self.units.reload()
         await self.units.start(name)

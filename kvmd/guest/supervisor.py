@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 RECONNECT_FIRST_S = 0.5
 RECONNECT_LONGEST_S = 30.0
+QUIT_GRACE_S = 5.0
 LAUNCHER_PATIENCE_S = 10.0  # a launcher waits for its hand-over longer than that
 KILL_TIMEOUT_S = 30.0  # SIGKILL on a QEMU with much memory: the kernel frees it page by page
 START_SETTLE_S = 600.0  # an upper bound only; the birth has its own deadlines
@@ -247,11 +248,13 @@ class Supervisor:
             case Effect.RESTART:
                 self._spawn(self._restart(), "restart")
             case Effect.WANT_STOPPED:
-                self._want_stopped()
+                self._want_stopped("guest", self.status.life.reason)
 
     def _on_qmp_event(self, message: Mapping[str, Any]) -> None:
         match qmp_events.translate(message):
             case qmp_events.Shutdown(reason=reason):
+                if reason == "host-qmp-quit" and self.status.life.cause is None:
+                    self._want_stopped("monitor", "QEMU was told to quit through its monitor")
                 self._feed(lifecycle.ShutDown(reason))
             case qmp_events.Panicked(crash_loaded=False):
                 self._feed(lifecycle.Panicked())
@@ -351,10 +354,14 @@ class Supervisor:
             _log.warning("guest %s: cannot ask for a power-off: %s", self.name, error, extra={"KVMD_GUEST": self.name})
 
     async def _quit(self) -> None:
+        run = self._run
         try:
             await self._monitor().execute("quit")
         except KvmdError:
-            self._kill()
+            if run:  # whoever stops its unit may have been first with the quit
+                await asyncio.wait({run.process.exited}, timeout=QUIT_GRACE_S)
+            if run is self._run:
+                self._kill()
 
     def _kill(self) -> None:
         if self._run:
@@ -396,9 +403,9 @@ class Supervisor:
         self.services.store.end_run(self.name, str(life.cause or ""), life.reason, self.services.now())
         self.status = replace(self.status, process=None, balloon_bytes=None, warnings=())
 
-    def _want_stopped(self) -> None:
+    def _want_stopped(self, actor: str, reason: str) -> None:
         try:
-            self.services.want(self.name, "stopped", actor="guest", reason=self.status.life.reason)
+            self.services.want(self.name, "stopped", actor=actor, reason=reason)
         except KvmdError as error:  # a full disk: the guest is off all the same
             _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
 
