@@ -92,6 +92,8 @@ class Daemon:
             def publish(kind: str, guest: str | None, actor: str | None, data: Mapping[str, Any]) -> None:
                 text = json.dumps(data, default=str)
                 hub.publish(history.append(time=Services.now(), type=kind, guest=guest, actor=actor, data=text))
+                if kind == "guest.running":
+                    agent.wake()
 
             services = Services(
                 paths=self._paths,
