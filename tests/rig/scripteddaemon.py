@@ -9,7 +9,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _replies(daemon: ScriptedDaemon, registry: Registry, request: dict[str, Any]
         method = registry.find(name)
         method.parse(params)
         answer: Answer = daemon.answers.get(name) if name != "events.subscribe" else _subscribed(daemon)
-        if isinstance(answer, Callable):  # type: ignore[arg-type]
+        if callable(answer):
             answer = answer(params)
         if isinstance(answer, KvmdError):
             raise answer
