@@ -22,7 +22,7 @@ __all__ = ["Check", "Status", "examine", "failed"]
 async def examine(paths: Paths, *, tree: HostTree | None = None, ask: Questions | None = None) -> tuple[Check, ...]:
     """All checks in the order they are shown. `tree` and `ask` stand in for the host in tests."""
     tree, ask = tree or HostTree(), ask or Questions.live()
-    loaded = await asyncio.to_thread(_load, paths, as_root=ask.euid == 0)
+    loaded = await asyncio.to_thread(_load, paths, as_root=ask.as_root)
     report = await gather(paths, loaded, tree, ask)
     return judge(report)
 

@@ -51,6 +51,7 @@ class Questions:
     """What only the live host can answer."""
 
     euid: int
+    as_root: bool  # may look at everything, and start a QEMU as a guest's uid
     kvm: AskKvm = kvm_usable
     capabilities: AskCapabilities = probe
     ruleset: Callable[[], Awaitable[str]] = nft.list_ruleset
@@ -60,7 +61,7 @@ class Questions:
     @classmethod
     def live(cls) -> Questions:
         """Asked of this host, as the user we are."""
-        return cls(euid=os.geteuid())
+        return cls(euid=os.geteuid(), as_root=os.geteuid() == 0)
 
 
 async def gather(paths: Paths, loaded: Loaded, tree: HostTree, ask: Questions) -> HostReport:
@@ -68,7 +69,7 @@ async def gather(paths: Paths, loaded: Loaded, tree: HostTree, ask: Questions) -
     desired = loaded.desired
     accounts = checkup_files.accounts(tree)
     low, _ = desired.daemon.qemu.uid_range
-    uid, gid = (low, accounts.groups.get(_QEMU_GROUP, low)) if ask.euid == 0 else (None, None)
+    uid, gid = (low, accounts.groups.get(_QEMU_GROUP, low)) if ask.as_root else (None, None)
     kvm, emulators, ruleset, images = await asyncio.gather(
         _kvm(ask, desired, tree, uid, gid),
         _emulators(ask, desired, uid, gid),
@@ -135,7 +136,7 @@ def _facts(tree: HostTree, desired: Desired) -> Facts:
 
 
 async def _kvm(ask: Questions, desired: Desired, tree: HostTree, uid: int | None, gid: int | None) -> Kvm | Unseen:
-    if ask.euid != 0 and tree.kvm_module():
+    if not ask.as_root and tree.kvm_module():
         return Unseen(f"only root can try KVM as a guest's uid; this is uid {ask.euid}")
     try:
         return await ask.kvm(desired.daemon.qemu.emulator, uid=uid, gid=gid, root=tree.root)
@@ -157,7 +158,7 @@ async def _emulators(ask: Questions, desired: Desired, uid: int | None, gid: int
 
 
 async def _ruleset(ask: Questions) -> str | Unseen:
-    if ask.euid != 0:
+    if not ask.as_root:
         return Unseen(f"only root may list them; this is uid {ask.euid}")
     try:
         return await ask.ruleset()

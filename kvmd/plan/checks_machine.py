@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvmd.plan.assignment import CpuWish
 from kvmd.plan.cpus import place_all
-from kvmd.plan.hostreport import FileStat, Finding, HostReport, Unseen, fail, ok, skip, warn
+from kvmd.plan.hostreport import FileStat, Finding, HostReport, Unseen, count, fail, ok, skip, warn
 from kvmd.qemu.caps import Kvm
 from kvmd.units import CpuSet
 
@@ -177,7 +177,7 @@ def pins(report: HostReport) -> Iterator[Finding]:
         judged = fail if problem.guests else warn
         yield judged(f"{problem.subject}: {problem.message}", problem.hint or "kvmd-cli host cpus")
     if not problems:
-        yield ok(f"{len(wishes)} guests find their CPUs among {online}")
+        yield ok(f"{count(len(wishes), 'guest')} placed on CPUs {online}")
 
 
 def _placements(report: HostReport) -> dict[str, CpuSet]:

@@ -111,7 +111,8 @@ def thp(report: HostReport) -> Iterator[Finding]:
 def merging(report: HostReport) -> Iterator[Finding]:
     """KSM does what host.toml says (Documentation/admin-guide/mm/ksm.rst)."""
     run, mode = report.facts.knobs.get(f"{ksm.KSM}/run"), report.desired.host.ksm.mode
-    owners = {guest.guest.owner for guest in report.desired.guests.values()}
+    sharing = [guest for guest in report.desired.guests.values() if guest.memory.ksm_group]
+    parties = {(guest.memory.ksm_group, guest.guest.owner) for guest in sharing}
     if run is None:
         yield (
             fail(f"ksm.mode is {mode}, and this kernel has no KSM", 'ksm.mode = "off" in host.toml')
@@ -122,9 +123,10 @@ def merging(report: HostReport) -> Iterator[Finding]:
         yield warn("pages are being merged though ksm.mode is off in host.toml", apply_fix(report))
     elif mode == "kernel" and f"{ksm.KSM}/advisor_mode" not in report.facts.knobs:
         yield fail("ksm.mode is kernel, and this kernel has no advisor (6.8)", 'ksm.mode = "kvmd" in host.toml')
-    elif run == "1" and len(owners) > 1:
+    elif run == "1" and len(parties) > 1:
         yield warn(
-            f"guests of {len(owners)} owners share merged pages: one can tell by timing what another holds",
+            f"guests of {len(parties)} groups or owners share merged pages, for the kernel knows no groups:"
+            " one can tell by timing what another holds",
             'ksm.mode = "off" in host.toml',
         )
     else:

@@ -64,12 +64,13 @@ def firewall(report: HostReport) -> Iterator[Finding]:
     if not wanting:
         yield skip("no network of mode nat")
         return
-    if isinstance(report.ruleset, Unseen):
-        yield skip(f"the host's rules cannot be read: {report.ruleset.reason}")
-        return
     clean = True
     for name, network in wanting.items():
-        for drop in _drops(report.ruleset, bridge_name(name, network)):
+        drops = _drops(report, bridge_name(name, network))
+        if isinstance(drops, Unseen):
+            yield skip(f"the host's rules cannot be read: {drops.reason}")
+            return
+        for drop in drops:
             clean = False
             by = f" ({drop.owner})" if drop.owner else ""
             yield fail(f"network {name}: {drop.where}{by} has {drop.what}: guests cannot get out", drop.hint)
@@ -91,19 +92,26 @@ def bridge_nf(report: HostReport) -> Iterator[Finding]:
         yield skip(_NO_NETWORK)
         return
     bridges = {bridge_name(name, network) for name, network in report.desired.networks.items()}
-    ruleset = report.ruleset if isinstance(report.ruleset, str) else ""
-    dropped = sorted(bridge for bridge in bridges if _drops(ruleset, bridge))
+    dropped = sorted(bridge for bridge in bridges if isinstance(found := _drops(report, bridge), tuple) and found)
     for finding in findings:
+        knob = finding.where.rpartition("/")[2]
+        fix = f"sysctl -w net.bridge.{knob}=0 (unless Kubernetes or another program here needs it)"
         if dropped:
-            yield fail(f"{finding.where} is 1 and a rule drops: guests on {dropped[0]} lose frames", finding.hint)
+            yield fail(f"{finding.where} is 1 and a rule drops: guests on {dropped[0]} lose frames", fix)
         else:
-            yield warn(f"{finding.where} is 1: frames between guests pass iptables", finding.hint)
+            yield warn(f"{finding.where} is 1: frames between guests pass iptables", fix)
     if not findings:
         yield ok("frames between guests of one bridge pass no IP firewall")
 
 
-def _drops(ruleset: str, bridge: str) -> tuple[Drop, ...]:
-    return foreign_forward_drops(ruleset, bridge) if ruleset else ()
+def _drops(report: HostReport, bridge: str) -> tuple[Drop, ...] | Unseen:
+    """What drops the bridge's packets; Unseen where the listing could not be had or read."""
+    if isinstance(report.ruleset, Unseen):
+        return report.ruleset
+    try:
+        return foreign_forward_drops(report.ruleset, bridge)
+    except ValueError as error:
+        return Unseen(str(error))
 
 
 def bridges(report: HostReport) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from kvmd.plan.hostreport import FileStat, Finding, HostReport, ImageReport, Unseen, fail, ok, skip, warn
+from kvmd.plan.hostreport import FileStat, Finding, HostReport, ImageReport, Unseen, count, fail, ok, skip, warn
 from kvmd.units import Size
 
 UNSEEN = "unseen"  # an ImageReport's slug where the path may not be looked at
@@ -33,7 +33,9 @@ def images(report: HostReport) -> Iterator[Finding]:
                 yield fail(f"{_shown(image)}: {image.message}", image.hint or f"ls -ld {image.path}")
         clean = False
     if clean:
-        yield ok(f"{len(report.images)} files of guests are there") if report.images else skip("no guest has a disk")
+        yield (
+            ok(f"{count(len(report.images), 'file')} of guests there") if report.images else skip("no guest has a disk")
+        )
 
 
 def image_format(report: HostReport) -> Iterator[Finding]:
@@ -51,7 +53,7 @@ def image_format(report: HostReport) -> Iterator[Finding]:
         yield warn(f"{_shown(image)} {'; '.join(image.warnings)}", fix)
     if not broken and not odd:
         opened = sum(image.slug is None for image in report.images)
-        yield ok(f"{opened} headers are as declared") if opened else skip("no image could be read")
+        yield ok(f"{count(opened, 'header')} as declared") if opened else skip("no image could be read")
 
 
 def image_rights(report: HostReport) -> Iterator[Finding]:
@@ -85,7 +87,7 @@ def image_direct_io(report: HostReport) -> Iterator[Finding]:
             message = f"{_shown(image)}: this file system has no O_DIRECT, so the host caches what the guest caches"
             yield warn(message, "move it to ext4, xfs or a block device")
     if clean:
-        yield ok(f"{len(disks)} disks are opened as their guests want") if disks else skip("no disk could be read")
+        yield ok(f"{count(len(disks), 'disk')} opened as the guests want") if disks else skip("no disk could be read")
 
 
 def image_space(report: HostReport) -> Iterator[Finding]:
@@ -129,7 +131,11 @@ def space(report: HostReport) -> Iterator[Finding]:
             fix = f"du -xh --max-depth=2 {place.path} | sort -h | tail"
             yield warn(f"{shown}; storage.low_space is {report.desired.daemon.storage.low_space}", fix)
     if clean:
-        yield ok(f"{len(report.places)} places have room") if report.places else skip("no directory of kvmd's is there")
+        yield (
+            ok(f"room in {count(len(report.places), 'place')}")
+            if report.places
+            else skip("no directory of kvmd's is there")
+        )
 
 
 def directories(report: HostReport) -> Iterator[Finding]:
@@ -150,9 +156,7 @@ def directories(report: HostReport) -> Iterator[Finding]:
             clean = False
             yield fail(f"{path} has mode {found.mode:04o}, wider than {mode:04o}", f"chmod {mode:04o} {path}")
     if clean:
-        yield (
-            ok(f"{seen} directories are as kvmd makes them") if seen else skip("kvmd never ran here: no directory yet")
-        )
+        yield (ok(f"{seen} directories as kvmd makes them") if seen else skip("kvmd never ran here: no directory yet"))
 
 
 def api_socket(report: HostReport) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from kvmd.plan.hostreport import Finding, HostReport, Unseen, fail, ok, skip, warn
+from kvmd.plan.hostreport import Finding, HostReport, Unseen, count, fail, ok, skip, warn
 
 GROUPS = ("kvmd-admin", "kvmd-operator", "kvmd-qemu")
 NEEDRESTART_CONF = "/etc/needrestart/conf.d/kvmd.conf"
@@ -74,7 +74,9 @@ def config(report: HostReport) -> Iterator[Finding]:
     for name in sorted(report.desired.stale):
         yield warn(f"{name} runs from its last good version", "kvmd-cli check")
     if not report.loaded.faults:
-        yield ok(f"{len(report.desired.guests)} guests and {len(report.desired.networks)} networks check clean")
+        yield ok(
+            f"{count(len(report.desired.guests), 'guest')}, {count(len(report.desired.networks), 'network')}: no faults"
+        )
 
 
 def config_rights(report: HostReport) -> Iterator[Finding]:
@@ -91,7 +93,11 @@ def config_rights(report: HostReport) -> Iterator[Finding]:
             clean = False
             yield fail(f"{path} can be read by others than root (mode {found.mode:04o})", f"chmod go-rwx {path}")
     if clean:
-        yield ok(f"{len(report.config_files)} files are root's") if report.config_files else skip("no file to look at")
+        yield (
+            ok(f"{len(report.config_files)} files and directories are root's")
+            if report.config_files
+            else skip("no file to look at")
+        )
 
 
 def unit(report: HostReport) -> Iterator[Finding]:

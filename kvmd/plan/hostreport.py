@@ -64,6 +64,11 @@ def skip(message: str) -> Finding:
     return Finding(Status.SKIP, message)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 guest", "2 guests"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @dataclass(frozen=True, slots=True)
 class Unseen:
     """Not looked at, and why."""
@@ -197,7 +202,7 @@ class HostReport:
     memlock_bytes: int | None = None  # None: no limit
     aio_max: int | None = None
     programs: frozenset[str] = frozenset()  # installed, of those the checks name
-    ruleset: str | Unseen = ""
+    ruleset: str | Unseen = field(default_factory=lambda: Unseen("not asked"))  # `nft -j list ruleset`
     legacy_tables: frozenset[str] = frozenset()  # of the old iptables, which nft does not list
     links: tuple[HostLink, ...] = ()
     listeners: tuple[Listener, ...] = ()

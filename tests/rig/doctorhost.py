@@ -67,6 +67,7 @@ class DoctorHost:
         self.paths = Paths(base / "etc/kvmd", base / "var/lib/kvmd", base / "run/kvmd", base / "var/log/kvmd")
         self.images = "/srv/vm"
         self.euid = os.geteuid()
+        self.as_root = True
         self.kvm: Kvm | None = Kvm(usable=True, reason="a QEMU ran under KVM as uid 64100")  # None: the real question
         self.real_probe = False
         self.ruleset = json.dumps({"nftables": []})
@@ -136,6 +137,7 @@ class DoctorHost:
         """Every check."""
         ask = Questions(
             euid=self.euid,
+            as_root=self.as_root,
             kvm=self._kvm,
             capabilities=self._capabilities,
             ruleset=self._ruleset,

@@ -56,7 +56,7 @@ def test_a_bare_host_without_kvmd_is_examined_too(box: DoctorHost) -> None:
 
 
 def test_as_another_user_what_cannot_be_seen_is_skipped(box: DoctorHost) -> None:
-    box.euid = 1000
+    box.euid, box.as_root = 1000, False
     skipped = {check.name: check.message for check in box.all() if check.status is Status.SKIP}
     assert "only root" in skipped["kvm"] and "uid 1000" in skipped["kvm"]
     assert "only root" in skipped["firewall"]
@@ -65,3 +65,11 @@ def test_as_another_user_what_cannot_be_seen_is_skipped(box: DoctorHost) -> None
 def test_every_check_is_documented() -> None:
     headings = re.findall(r"^### (\S+)$", (REPO / "docs" / "doctor.md").read_text(), re.MULTILINE)
     assert headings == list(CHECKS)
+
+
+def test_every_check_is_broken_by_a_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_checkup_*.py"))
+    tests += (REPO / "tests" / "system" / "test_doctor.py").read_text()
+    broken = set(re.findall(r'expect\(\s*box, "([a-z-]+)", "(?:warn|fail)"', tests))
+    broken |= set(re.findall(r'_named\([^"\n]*, "([a-z-]+)"\)', tests))
+    assert CHECKS.keys() - broken == set()

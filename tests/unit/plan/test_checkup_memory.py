@@ -87,9 +87,12 @@ def test_merging_between_owners(box: DoctorHost) -> None:
     box.write(f"{KSM}/run", "1\n")
     box.config("host.toml", '[ksm]\nmode = "kvmd"\n[hugepages.2MiB]\npages = 16\n')
     expect(box, "ksm", "ok")
-    box.guest("web", GUEST + '[guest]\nowner = "alice"\n')
-    box.guest("db", PLAIN.replace("web.raw", "db.raw") + '[guest]\nowner = "bob"\n')
-    expect(box, "ksm", "warn", "2 owners", fix='ksm.mode = "off"')
+    shared = PLAIN.replace('size = "32MiB"', 'size = "32MiB"\nksm_group = "trusted"')
+    box.guest("web", shared + '[guest]\nowner = "alice"\n')
+    box.guest("alone", PLAIN.replace("web.raw", "alone.raw") + '[guest]\nowner = "carol"\n')
+    expect(box, "ksm", "ok")  # whoever has no group merges nothing
+    box.guest("db", shared.replace("web.raw", "db.raw") + '[guest]\nowner = "bob"\n')
+    expect(box, "ksm", "warn", "2 groups or owners", fix='ksm.mode = "off"')
 
 
 def test_merging_this_kernel_cannot_do(box: DoctorHost) -> None:

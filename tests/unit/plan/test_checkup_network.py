@@ -80,6 +80,13 @@ def test_rules_that_cannot_be_listed(box: DoctorHost, monkeypatch: pytest.Monkey
     expect(box, "firewall", "skip", "nft is not installed")
 
 
+def test_a_listing_of_another_shape(box: DoctorHost) -> None:
+    box.ruleset = json.dumps({"nftables": [{"chain": "what?"}]})
+    expect(box, "firewall", "skip", "not a listing of nft")
+    box.write("/proc/sys/net/bridge/bridge-nf-call-iptables", "1\n")
+    expect(box, "bridge-nf", "warn")
+
+
 def test_frames_between_guests_pass_iptables(box: DoctorHost) -> None:
     box.write("/proc/sys/net/bridge/bridge-nf-call-iptables", "1\n")
     expect(box, "bridge-nf", "warn", "bridge-nf-call-iptables is 1", fix="net.bridge.bridge-nf-call-iptables=0")
