@@ -184,12 +184,7 @@ class KvmdHost:
         for pid, start_time in self._recorded():
             _end_process(pid, start_time)
         if self.namespace:
-            pids = subprocess.run(
-                ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False
-            ).stdout.split()
-            for pid in pids:  # dnsmasq, and whatever a test started there
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+            _empty_namespace(self.namespace)  # dnsmasq, and whatever a test started there
             _run("ip", "netns", "del", self.namespace)
         if self._own_base:
             shutil.rmtree(self.base, ignore_errors=True)
@@ -213,6 +208,18 @@ def _end_process(pid: int, start_time: int) -> None:
     while observe_process(tree, pid) == found:
         if time.monotonic() > deadline:
             raise AssertionError(f"pid {pid} survived SIGKILL")
+        time.sleep(0.02)
+
+
+def _empty_namespace(name: str) -> None:
+    """End all processes in it and wait until they are gone, with what they hold: pages, locks, files."""
+    deadline = time.monotonic() + 10
+    while pids := subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"survived SIGKILL in {name}: {pids.split()}")
+        for pid in pids.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.02)
 
 

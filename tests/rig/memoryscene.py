@@ -22,11 +22,11 @@ from tests.rig.kvmdhost import KvmdHost
 
 MIB = 1 << 20
 GUEST_BYTES = 512 * MIB
-GUARANTEED_BYTES = 160 * MIB
+GUARANTEED_BYTES = 128 * MIB
 CACHE_MIB = 320  # of page cache: what a guest could spare
-RECLAIM_BYTES = 360 * MIB  # to be taken from both guests together when the host becomes small
+RECLAIM_BYTES = 280 * MIB  # to be taken from both guests together when the host becomes small
 HUNGER_MIB = 370  # more than a guest is left with by that, less than it has when nothing is taken
-LEAST_BYTES = 48 * MIB  # taken from each of them at least, for the scene to go on
+LEAST_BYTES = 100 * MIB  # taken from each of them at least, for the scene to go on
 DRIFT_BYTES = 48 * MIB  # of other programs, before the reserve follows
 HUNGER_MIB_PER_S = 25  # as fast as a neighbour can give under emulation
 AMPLE = "512MiB"  # a reserve that leaves the agent nothing to do
