@@ -7,7 +7,6 @@ argparse costs 13 ms at every start; scripts and completion start the client oft
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from kvmd.errors import KvmdError
 
@@ -20,38 +19,66 @@ class UsageError(KvmdError):
     exit_code = 2
 
 
-class Option(NamedTuple):
-    """`--name`, with a value if it has a `metavar`."""
+class Option:
+    """`--name`, with a value if it has a `metavar`. (Plain classes here: a NamedTuple costs a millisecond to make.)"""
 
-    name: str
-    help: str
-    metavar: str | None = None
-    short: str | None = None
-    choices: tuple[str, ...] = ()
-    hidden: bool = False
+    __slots__ = ("about", "choices", "hidden", "metavar", "name", "short")
+
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        metavar: str | None = None,
+        *,
+        short: str | None = None,
+        choices: tuple[str, ...] = (),
+        hidden: bool = False,
+    ) -> None:
+        self.name = name
+        self.about = about
+        self.metavar = metavar
+        self.short = short
+        self.choices = choices
+        self.hidden = hidden
 
 
-class Positional(NamedTuple):
+class Positional:
     """A word behind the verb. `of` says what completion offers: "guest", "key", "directory"."""
 
-    name: str
-    of: str = ""
-    many: bool = False
-    optional: bool = False
+    __slots__ = ("many", "name", "of", "optional")
+
+    def __init__(self, name: str, of: str = "", *, many: bool = False, optional: bool = False) -> None:
+        self.name = name
+        self.of = of
+        self.many = many
+        self.optional = optional
 
 
-class Verb(NamedTuple):
+class Verb:
     """One command. `run` is "module:function"; `offline`: it needs no daemon and can be run as `kvmd VERB`."""
 
-    name: str
-    group: str
-    summary: str
-    run: str
-    positionals: tuple[Positional, ...] = ()
-    options: tuple[Option, ...] = ()
-    changes: bool = False
-    offline: bool = False
-    details: str = ""
+    __slots__ = ("changes", "group", "name", "offline", "options", "positionals", "run", "summary")
+
+    def __init__(
+        self,
+        name: str,
+        group: str,
+        summary: str,
+        run: str,
+        positionals: tuple[Positional, ...] = (),
+        options: tuple[Option, ...] = (),
+        *,
+        changes: bool = False,
+        offline: bool = False,
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.summary = summary
+        self.run = run
+        self.positionals = positionals
+        self.options = options
+        self.changes = changes
+        self.offline = offline
 
 
 class Parsed:
@@ -88,13 +115,22 @@ class Parsed:
         return self._words.get(positional, ())
 
 
-class Grammar(NamedTuple):
+class Grammar:
     """All that can be said: verbs by their full name ("host facts"), other names for them, names of what comes."""
 
-    verbs: Mapping[str, Verb]
-    aliases: Mapping[str, str]
-    later: frozenset[str]
-    common: tuple[Option, ...]
+    __slots__ = ("aliases", "common", "later", "verbs")
+
+    def __init__(
+        self,
+        verbs: Mapping[str, Verb],
+        aliases: Mapping[str, str],
+        later: frozenset[str],
+        common: tuple[Option, ...],
+    ) -> None:
+        self.verbs = verbs
+        self.aliases = aliases
+        self.later = later
+        self.common = common
 
 
 def parse(grammar: Grammar, argv: Sequence[str]) -> Parsed:

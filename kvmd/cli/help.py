@@ -45,4 +45,4 @@ def _options(options: Iterable[Option]) -> Iterator[str]:
         names = f"{option.short}, {option.name}" if option.short else option.name
         left = f"{names} {option.metavar}" if option.metavar else names
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
-        yield f"  {left:<22}{option.help}{choices}"
+        yield f"  {left:<22}{option.about}{choices}"

@@ -11,6 +11,7 @@ from kvmd.cli.session import Session
 from kvmd.errors import ConfigInvalid, PartlyFailed, Refused
 
 SOMETHING_TO_DO = 10  # what `plan` exits with
+_ALL = frozenset({"guest", "network", "host"})
 
 
 def plan(session: Session, _parsed: Parsed) -> int:
@@ -38,7 +39,8 @@ def apply(session: Session, parsed: Parsed) -> int:
         session.say("nothing to do")
         return _faulty(found)
     _ask(session, actions, prune=prune)
-    allowed = sorted({action["disruption"] for action in actions} - {"none"})
+    # What --prune will find is in no plan yet: who says yes to it says yes to its disruption.
+    allowed = sorted(_ALL if prune else {action["disruption"] for action in actions} - {"none"})
     done = session.call("host.apply", None, allow=allowed, prune=prune)
     return _finish(session, done, quiet=False)
 
@@ -74,7 +76,7 @@ def _ask(session: Session, actions: Sequence[Mapping[str, Any]], *, prune: bool)
             )
         return
     session.say(_shown(session, actions))
-    if not session.confirmed("Do this?"):
+    if not session.confirmed("Do this, and remove what no file mentions any more?" if prune else "Do this?"):
         raise Refused("not confirmed: nothing was done")
 
 

@@ -57,9 +57,10 @@ def table(
     cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max([width(head), *(width(row[column]) for row in cells)]) for column, head in enumerate(heads)]
     lines = [_line(heads, widths, right, {}, on=False)]
-    for number, row in enumerate(cells):
-        own = {column: colour for (at, column), colour in (colours or {}).items() if at == number} if on else {}
-        lines.append(_line(row, widths, right, own, on=on))
+    painted: dict[int, dict[int, str]] = {}
+    for (number, column), colour in (colours or {}).items() if on else ():
+        painted.setdefault(number, {})[column] = colour
+    lines += [_line(row, widths, right, painted.get(number, {}), on=on) for number, row in enumerate(cells)]
     return "\n".join(lines)
 
 

@@ -237,6 +237,11 @@ class TestPasses:
         assert cli(daemon, "apply", "--yes") == 0
         assert daemon.asked("host.apply") == [{"allow": ["guest", "network"], "prune": False}]
 
+    def test_prune_allows_what_it_will_find(self, daemon: ScriptedDaemon) -> None:
+        daemon.answers["host.apply"] = applied()
+        assert cli(daemon, "apply", "--prune", "--yes") == 0
+        assert daemon.asked("host.apply") == [{"allow": ["guest", "host", "network"], "prune": True}]
+
     def test_apply_of_harmless_things_needs_nobody(self, daemon: ScriptedDaemon) -> None:
         daemon.answers |= {"host.plan": plan(KNOB), "host.apply": applied((KNOB, None))}
         assert cli(daemon, "apply") == 0

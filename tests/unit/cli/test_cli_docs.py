@@ -30,7 +30,7 @@ def test_every_command_is_documented(verb: Verb, capsys: pytest.CaptureFixture[s
     assert main([*verb.name.split(), "--help"]) == 0
     page = capsys.readouterr().out
     assert verb.summary in page
-    assert all(option.help for option in verb.options if not option.hidden)
+    assert all(option.about for option in verb.options if not option.hidden)
     assert main(["help", *verb.name.split()]) == 0
     assert capsys.readouterr().out == page
 
