@@ -46,7 +46,7 @@ class BenchHost(KvmdHost):
 
     def launch(self, *, memory_kib: int | None = None) -> float:
         """Start the daemon without waiting; the UNIX time just before. `memory_kib`: what /proc/meminfo pretends."""
-        argv = [sys.executable, "-m", "kvmd.daemon", "--config-dir", str(self.config), "--state-dir", str(self.state)]
+        argv = [sys.executable, "-m", "kvmd.start", "--config-dir", str(self.config), "--state-dir", str(self.state)]
         argv += ["--run-dir", str(self.run)]
         if memory_kib:
             argv = ["sh", "-c", f'mount --bind "{self._meminfo(memory_kib)}" /proc/meminfo && exec "$@"', "sh", *argv]
@@ -91,7 +91,9 @@ class BenchHost(KvmdHost):
 @contextlib.contextmanager
 def bench_host() -> Iterator[BenchHost]:
     """A BenchHost with one NAT network, closed whatever happens; its bytecode is warm."""
-    subprocess.run([sys.executable, "-c", "import kvmd.daemon, kvmd.cli.main"], env=environment(), check=False, cwd="/")
+    subprocess.run(
+        [sys.executable, "-c", "import kvmd.start, kvmd.daemon, kvmd.cli.main"], env=environment(), check=False, cwd="/"
+    )
     host = BenchHost()
     host.network("lan", LAN)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -55,9 +56,9 @@ REPAIR_S = 5.0  # between two passes that nobody asked for: whoever fights over 
 class Daemon:
     """All objects of one kvmd and their life."""
 
-    def __init__(self, paths: Paths, supervisor: str) -> None:
+    def __init__(self, paths: Paths, log_level: str | None = None) -> None:
         self._paths = paths
-        self._supervisor = supervisor
+        self._log_level = log_level  # None: as kvmd.toml says
         self._started_at = Services.now()
 
     async def run(self) -> None:
@@ -100,13 +101,15 @@ class Daemon:
                 store=store,
                 tree=tree,
                 netlink=netlink,
-                units=systemd.Units() if self._with_units() else None,
+                units=None,
                 publish=publish,
             )
             dnsmasqs = Dnsmasqs(self._paths.run, self._paths.state)
             applier = HostApplier(tree, netlink, dnsmasqs, store)
             manager = Manager(services, applier, dnsmasqs, lambda work, name: group.create_task(work, name=name))
-            manager.load()
+            wish = manager.load().desired.daemon
+            logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
+            services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
             memory = GuestMemory(manager, applier)
             agent = Agent(memory, memory, history, memory.settings)
             registry = Registry()
@@ -135,6 +138,8 @@ class Daemon:
             await _reconcile(manager, "boot")
             systemd.notify("READY=1", f"STATUS={len(manager.supervisors)} guests")
             _log.info("kvmd %s is ready", __version__)
+            gc.freeze()  # what is there now stays: no collection has to look at it again
+            gc.enable()
             mender = Mender(manager)
             tasks.append(group.create_task(mender.run(), name="mender"))
             tasks.append(group.create_task(dnsmasqs.watch(mender.dnsmasq_ended), name="dnsmasq"))
@@ -146,11 +151,6 @@ class Daemon:
             manager.let_go()
             for task in tasks:
                 task.cancel()
-
-    def _with_units(self) -> bool:
-        if self._supervisor == "auto":
-            return systemd.supervised()
-        return self._supervisor == "systemd"
 
     async def _keep_history(self, manager: Manager, history: History) -> None:
         """Write what is buffered; drop what is too old or too much, of events and of guests' logs."""
@@ -198,6 +198,11 @@ class Mender:
             if self._manager.services.loaded.desired.networks:
                 await _reconcile(self._manager, "kvmd")
             self._not_before = loop.time() + REPAIR_S
+
+
+def _with_units(supervisor: str) -> bool:
+    """Whether guests are born by systemd, for `qemu.supervisor`."""
+    return systemd.supervised() if supervisor == "auto" else supervisor == "systemd"
 
 
 async def _reconcile(manager: Manager, actor: str) -> None:
@@ -265,15 +270,12 @@ def main() -> int:
     """Run the daemon in the foreground, or one command that needs none (`kvmd check`). Exit codes as `kvmd-cli`."""
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         os.execv(sys.executable, [sys.executable, "-P", "-m", "kvmd.cli.offline", *sys.argv[1:]])
-    from kvmd.config.load import load
-
     options = parser().parse_args()
     logging.basicConfig(level=logging.WARNING, handlers=[systemd.log_handler()])
     paths = Paths.of(options.config_dir, options.state_dir, options.run_dir, options.log_dir)
-    wish = load(paths.config, last_good_dir=paths.last_good).desired.daemon
-    logging.getLogger("kvmd").setLevel((options.log_level or wish.log.level).upper())
+    logging.getLogger("kvmd").setLevel((options.log_level or "info").upper())  # until kvmd.toml is read
     try:
-        asyncio.run(Daemon(paths, wish.qemu.supervisor).run())
+        asyncio.run(Daemon(paths, options.log_level).run())
     except Conflict as error:
         sys.stderr.write(f"kvmd: {error.message}\n")
         return error.exit_code

@@ -109,6 +109,7 @@ class Manager:
         """Read the files and give every declared guest its identity, so that networks know all MACs beforehand."""
         loaded = self.load_changes()
         for name in loaded.desired.guests:
+            await asyncio.sleep(0)  # clients are answered meanwhile
             try:
                 await self.services.identify(name)
             except KvmdError as error:

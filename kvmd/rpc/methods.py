@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from kvmd import __version__
 from kvmd.actions import AnyAction, Disruption, Outcome, Problem
 from kvmd.config.desired import Fault
+from kvmd.effects.records import WantedState
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
@@ -69,7 +70,9 @@ class Methods:
         """All guests, from what is known without asking any QEMU"""
         if self._list is None or self._list[0] != self._manager.version:
             version = self._manager.version
-            shown = results.GuestList(guests=tuple(self._summary(supervisor) for supervisor in self._listed()))
+            asked = {wanted.guest: wanted.state for wanted in self._manager.services.store.all_wanted()}
+            guests = tuple(self._summary(supervisor, asked.get(supervisor.name)) for supervisor in self._listed())
+            shown = results.GuestList(guests=guests)
             self._list = (version, RawJson(shown.model_dump_json().encode()))
         return self._list[1]
 
@@ -80,8 +83,9 @@ class Methods:
         guest = services.guest(name)
         identity = services.identity(name)
         run = supervisor.record
+        wanted = services.store.wanted(name)
         return results.GuestDetail(
-            **self._summary(supervisor).model_dump(),
+            **self._summary(supervisor, wanted.state if wanted else None).model_dump(),
             description=guest.guest.description or None if guest else None,
             owner=guest.guest.owner if guest else None,
             tags=guest.guest.tags if guest else (),
@@ -151,11 +155,10 @@ class Methods:
         found = (s for s in self._manager.supervisors.values() if s.name in declared or s.state in ALIVE)
         return sorted(found, key=lambda supervisor: supervisor.name)
 
-    def _summary(self, supervisor: Supervisor) -> results.GuestSummary:
+    def _summary(self, supervisor: Supervisor, wanted: WantedState | None) -> results.GuestSummary:
         services, name, status = self._manager.services, supervisor.name, supervisor.status
         guest = services.guest(name)
         run = supervisor.record
-        wanted = services.store.wanted(name)
         return results.GuestSummary(
             name=name,
             state=status.life.state.value,
@@ -165,7 +168,7 @@ class Methods:
             vcpus=len(supervisor.vcpu_threads) or (guest.cpu.vcpus if guest else 0),
             memory_bytes=int(guest.memory.size) if guest else 0,
             balloon_bytes=status.balloon_bytes,
-            wanted=wanted.state if wanted else None,
+            wanted=wanted,
             since=status.since or None,
             pending=self._manager.pending(supervisor),
             stale=name in services.loaded.desired.stale,

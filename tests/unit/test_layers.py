@@ -35,6 +35,7 @@ LAYERS = {
     "kvmd.wiring": 4,
     "kvmd.manager": 4,
     "kvmd.daemon": 5,
+    "kvmd.start": 5,
     "kvmd.doctor": 5,
     "kvmd.cli": 6,
 }
