@@ -3,7 +3,8 @@
 - KVMD_TEST_STRICT=1: a skipped test fails unless its reason matches ALLOWED, the one list of allowed reasons. An
   environment that silently lost a tool must not look green.
 - Tests marked `long` are left out unless KVMD_TEST_LONG=1 (`scripts/test --long`), which also gives hypothesis its
-  long profile: 1000 examples instead of 100. No deadline per example: the machines are shared and slow.
+  long profile: 1000 examples instead of 100 (KVMD_TEST_EXAMPLES sets another number; scripts/check takes a quarter).
+  No deadline per example: the machines are shared and slow.
 - `system`, `systemd` and `lab` are set from the directory, so `-m "not lab"` needs no decorator in each file.
 
 Loaded by `-p tests.rig.strict` in the scripts, or by `pytest_plugins = ["tests.rig.strict"]` in tests/conftest.py.
@@ -40,7 +41,8 @@ def allowed(reason: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile; a test's own @settings still wins."""
-    hypothesis.settings.register_profile("quick", max_examples=100, deadline=None)
+    examples = int(os.environ.get("KVMD_TEST_EXAMPLES", "100"))
+    hypothesis.settings.register_profile("quick", max_examples=examples, deadline=None)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if LONG else "quick")
 

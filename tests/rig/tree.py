@@ -11,7 +11,7 @@ that would set the host's sysctls or trigger its uevents are masked.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -221,8 +221,7 @@ class Tree:
         for cgroup in self._cgroups:
             # Deepest first; cgroup directories are removed one by one, their files vanish with them.
             for path in (*sorted((path for path in cgroup.rglob("*") if path.is_dir()), reverse=True), cgroup):
-                with contextlib.suppress(FileNotFoundError):
-                    path.rmdir()
+                _remove_cgroup(path)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _scope(self) -> list[str]:
@@ -270,6 +269,22 @@ def _cgroup_roots() -> list[Path]:
     """Where systemd in the tree keeps its units: version 2, and version 1's name=systemd where both are mounted."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [Path(where) for _, where, kind, options, *_ in mounts if kind == "cgroup2" or "name=systemd" in options]
+
+
+def _remove_cgroup(path: Path, timeout_s: float = 10.0) -> None:
+    """Remove an empty cgroup; what was killed in it may still be leaving."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _leader_below(pid: int) -> int:
