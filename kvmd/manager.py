@@ -37,7 +37,7 @@ from kvmd.effects.records import EffectKind, GuestRun
 from kvmd.errors import Conflict, KvmdError, NotFound, PartlyFailed, Refused
 from kvmd.facts import Facts, GuestLife, RunningGuest
 from kvmd.guest.lifecycle import ALIVE, Cause, State
-from kvmd.guest.services import Services, started_config
+from kvmd.guest.services import Services, started_config, started_memory
 from kvmd.guest.supervisor import Supervisor
 from kvmd.plan import cpus, network
 from kvmd.plan.host import Plan, admit, plan
@@ -407,7 +407,7 @@ class Manager:
         record, found = supervisor.record, supervisor.status.process
         if record is None or found is None or supervisor.state not in ALIVE:
             return None
-        memory = started_config(record).get("memory", {})
+        memory = started_memory(record)
         page = memory.get("page_size") or (2 << 20)
         threads = supervisor.vcpu_threads
         return RunningGuest(

@@ -12,7 +12,7 @@ from kvmd.effects.apply import HostApplier
 from kvmd.effects.sensors import KSM, HostSensors
 from kvmd.errors import QemuFailed
 from kvmd.guest.lifecycle import ALIVE
-from kvmd.guest.services import started_config
+from kvmd.guest.services import started_memory
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager
 from kvmd.tuning.agent import Settings
@@ -59,7 +59,7 @@ class GuestMemory:
 
     def _facts(self, supervisor: Supervisor) -> GuestFacts:
         run, status = supervisor.record, supervisor.status
-        memory = started_config(run).get("memory", {}) if run else {}
+        memory = started_memory(run) if run else {}
         begun = run.running_at or run.begun_at if run else 0.0
         return GuestFacts(
             name=supervisor.name,

@@ -425,6 +425,20 @@ def started_config(run: GuestRun) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def started_memory(run: GuestRun) -> Mapping[str, Any]:
+    """The [memory] table of `started_config`: looked at for every guest at every tick of the tuning agent."""
+    return _memory_table(run.config_text)
+
+
+@functools.lru_cache(maxsize=512)
+def _memory_table(config_text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(config_text or "{}").get("memory", {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 async def _ask_all(monitor: Monitor, queries: Iterable[verify.Query]) -> list[Any]:
     """All replies in order. The queries go out together: QEMU answers one while we read another."""
     return await asyncio.gather(*(_ask(monitor, query) for query in queries))
