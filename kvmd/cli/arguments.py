@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvmd.errors import KvmdError
 
+LONGEST_NAME = 47  # a guest's name is a unit's instance, a host name and part of a socket's path
+
 
 class UsageError(KvmdError):
     """The command line itself is wrong."""
@@ -43,7 +45,7 @@ class Option:
 
 
 class Positional:
-    """A word behind the verb. `of` says what completion offers: "guest", "key", "directory"."""
+    """A word behind the verb. `of` says what it is: "guest" (one there is), "name" (a new one's), "key", "directory"."""
 
     __slots__ = ("many", "name", "of", "optional")
 
@@ -248,8 +250,21 @@ def _deal_out(verb: Verb, words: list[str]) -> dict[str, tuple[str, ...]]:
         if not left and not positional.optional:
             raise UsageError(f"{verb.name}: {positional.name} is missing", hint=f"kvmd-cli {usage(verb)}")
         count = len(left) if positional.many else min(1, len(left))
+        if positional.of in ("guest", "name"):
+            _require_names(left[:count])
         given[positional.name] = tuple(left[:count])
         del left[:count]
     if left:
         raise UsageError(f'{verb.name}: what is "{left[0]}" for?', hint=f"kvmd-cli {usage(verb)}")
     return given
+
+
+def _require_names(words: Iterable[str]) -> None:
+    """What no guest can be called is told apart from what no guest is called."""
+    for word in words:
+        letters = word.isascii() and word.replace("-", "0").isalnum() and word == word.lower()
+        if not letters or len(word) > LONGEST_NAME or word[0] == "-" or word[-1] == "-":
+            raise UsageError(
+                f'no guest can be called "{word}"',
+                hint="1 to 47 of a-z, 0-9 and -, beginning and ending with a letter or digit",
+            )

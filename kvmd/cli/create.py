@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvmd.cli.arguments import Parsed, UsageError, nearest
 from kvmd.cli.session import Session
-from kvmd.cli.trial import faulty, named, new_errors, with_changes
+from kvmd.cli.trial import faulty, new_errors, with_changes
 from kvmd.config.edit import NewGuest, new_guest
 from kvmd.config.files import guess_format
 from kvmd.config.load import check
@@ -87,7 +87,7 @@ def _network(root: Path) -> str:
 
 def create(session: Session, parsed: Parsed) -> int:
     """guests.d/NAME.toml from what was given; checked with all other files before it is written."""
-    root, name = Path(session.config_dir), named(parsed.word("NAME"))
+    root, name = Path(session.config_dir), parsed.word("NAME")
     file = f"guests.d/{name}.toml"
     if os.path.lexists(root / file):
         raise Conflict(f"{root / file} exists", hint=f"kvmd-cli edit {name} changes it")
@@ -105,7 +105,8 @@ def create(session: Session, parsed: Parsed) -> int:
         for fault in loaded.faults:
             if fault.file == file:
                 session.say(str(fault))
-        session.say(f"next: kvmd-cli start {name}")
+        first = "kvmd-cli apply && " if parsed.text("--network") else ""
+        session.say(f"next: {first}kvmd-cli start {name}")
     return 0
 
 

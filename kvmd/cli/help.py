@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from kvmd.cli.arguments import Option, Verb, usage
-from kvmd.cli.verbs import COMMON, GROUPS, VERBS
+from kvmd.cli.arguments import Option, Parsed, Verb, parse, usage
+from kvmd.cli.session import Session
+from kvmd.cli.verbs import COMMON, GRAMMAR, GROUPS, VERBS
 
 _EXIT_CODES = """\
 Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict or refused, 5 denied, 6 daemon unreachable,
 7 timed out, 8 files have faults, 9 some of many failed, 10 plan: there is something to do."""
+
+
+def show(session: Session, parsed: Parsed) -> int:
+    """`help COMMAND`, as `COMMAND --help`."""
+    words = parsed.words("COMMAND")
+    session.out(page(parse(GRAMMAR, [*words, "--help"]).verb))
+    return 0
 
 
 def page(verb: Verb | None) -> str:

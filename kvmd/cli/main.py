@@ -53,8 +53,6 @@ def report(error: KvmdError, *, as_json: bool) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:], "--help"]
     parsed = parse(GRAMMAR, arguments)
     if parsed.on("--version") and parsed.verb is None:
         sys.stdout.write(f"kvmd-cli {__version__}\n")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from kvmd.config.desired import Fault, Loaded
 from kvmd.config.files import DIRECTORIES, FILES
-from kvmd.config.load import check
-from kvmd.config.scalars import guest_name
-from kvmd.errors import ConfigInvalid, NotFound, Refused
+from kvmd.config.load import load
+from kvmd.errors import ConfigInvalid, NotFound
 
 
 def with_changes(config_dir: Path, changes: Mapping[str, bytes]) -> Loaded:
@@ -28,7 +27,8 @@ def with_changes(config_dir: Path, changes: Mapping[str, bytes]) -> Loaded:
                     (copy / name / file.name).write_bytes(file.read_bytes())
         for file_name, data in changes.items():
             (copy / file_name).write_bytes(data)
-        return check(copy)
+        # What is there now counts as what was good before: a clash is the change's fault, not its neighbour's.
+        return load(copy, last_good_dir=config_dir)
 
 
 def new_errors(before: Loaded, after: Loaded) -> tuple[Fault, ...]:
@@ -42,17 +42,9 @@ def faulty(faults: Iterable[Fault], what: str) -> ConfigInvalid:
     return ConfigInvalid(what, faults=[str(fault) for fault in faults])
 
 
-def named(name: str) -> str:
-    """A guest's name, if it is one. Raises Refused."""
-    try:
-        return guest_name(name)
-    except ValueError as error:
-        raise Refused(str(error)) from None
-
-
 def guest_file(config_dir: Path, name: str) -> Path:
     """The file of a guest that is there. Raises NotFound with the nearest name."""
-    path = config_dir / "guests.d" / f"{named(name)}.toml"
+    path = config_dir / "guests.d" / f"{name}.toml"
     if not path.exists():
         from kvmd.cli.arguments import nearest
 

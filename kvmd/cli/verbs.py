@@ -27,7 +27,7 @@ _FILES = (
     Verb("init", "files", "write a NAT network and commented examples where there are none", "kvmd.cli.create:init",
          changes=True, offline=True),
     Verb("create", "files", "write a guest's file from an image or a kernel", "kvmd.cli.create:create",
-         (Positional("NAME"),),
+         (Positional("NAME", of="name"),),
          (
              Option("--image", "the disk image", "FILE"),
              Option("--format", "of the image; else what its first bytes say", "FORMAT", choices=("qcow2", "raw")),
@@ -97,6 +97,8 @@ _HOST = (
          (_GUEST,), (Option("--limit", "how many decisions (20)", "N"),)),
     Verb("doctor", "host", "what this host lacks, line by line, with a fix", "kvmd.cli.offline:doctor", offline=True),
     Verb("version", "host", "of this client and of the daemon", "kvmd.cli.host:version"),
+    Verb("help", "host", "about a command, or all", "kvmd.cli.help:show",
+         (Positional("COMMAND", many=True, optional=True),), offline=True),
     Verb("completion", "host", "bash's completion script", "kvmd.cli.completion:completion",
          (Positional("SHELL", optional=True),)),
 )  # fmt: skip

@@ -389,8 +389,15 @@ class TestExitCodes:
         assert cli(daemon, *words.split()) == 2
         assert daemon.calls == []
 
-    def test_a_name_that_is_none(self, daemon: ScriptedDaemon) -> None:
-        assert cli(daemon, "show", "a/b") == 2
+    @pytest.mark.parametrize("name", ["a/b", "Web", "", "-a", "a-", "w\x1b[2Jeb", "web\n", "ü", "a" * 48, "a_b", "a.b"])
+    def test_a_name_that_can_be_no_guest_s(
+        self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        assert cli(daemon, "show", "--", name) == 2
+        seen = capsys.readouterr().err
+        assert "no guest can be called" in seen
+        assert "\x1b" not in seen
+        assert daemon.calls == []
 
     def test_interrupted(self, daemon: ScriptedDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_args: Any, **_kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ def test_every_command_is_documented(verb: Verb, capsys: pytest.CaptureFixture[s
     page = capsys.readouterr().out
     assert verb.summary in page
     assert all(option.about for option in verb.options if not option.hidden)
-    assert main(["help", *verb.name.split()]) == 0
+    assert main(["--json", "help", *verb.name.split()]) == 0
     assert capsys.readouterr().out == page
 
 

@@ -145,7 +145,7 @@ class TestCreate:
         assert cli(etc, "create", "shop", *words) == 0
         seen = capsys.readouterr()
         assert seen.out == f"+ {etc}/guests.d/shop.toml\n"
-        assert "kvmd-cli start shop" in seen.err
+        assert "next: kvmd-cli apply && kvmd-cli start shop" in seen.err
         path = etc / "guests.d/shop.toml"
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
         guest = check(etc).desired.guests["shop"]
@@ -159,6 +159,12 @@ class TestCreate:
         assert cli(etc, "create", "k", *words) == 0
         boot = check(etc).desired.guests["k"].boot
         assert (boot.kernel, boot.initrd, boot.cmdline) == (str(kernel), str(kernel), 'console=ttyS0 x="y z"')
+
+    def test_a_clash_is_the_new_guest_s_fault(self, etc: Path, capsys: Captured) -> None:
+        words = ("--image", str(self.image(etc)), "--format", "raw")
+        assert cli(etc, "create", "shop", *words) == 0
+        assert cli(etc, "create", "before", *words) == 8
+        assert "guests.d/before.toml:16: disk.root.file:" in capsys.readouterr().err
 
     def test_never_overwrites(self, etc: Path) -> None:
         assert cli(etc, "create", "web", "--image", str(self.image(etc)), "--format", "raw") == 4
@@ -182,8 +188,8 @@ class TestCreate:
             ("shop --image {image} --format raw --vcpus none", 2, "--vcpus"),
             ("shop --image {image} --format raw --vcpus 100000", 8, "cpu.vcpus"),
             ("shop --image {image} --format raw --initrd {image}", 2, "need --kernel"),
-            ("Sh/op --image {image} --format raw", 4, "not a name"),
-            ("../shop --image {image} --format raw", 4, "not a name"),
+            ("Sh/op --image {image} --format raw", 2, "no guest can be called"),
+            ("../shop --image {image} --format raw", 2, "no guest can be called"),
         ],
     )
     def test_what_cannot_be_changes_nothing(
