@@ -45,7 +45,7 @@ class Option:
 
 
 class Positional:
-    """A word behind the verb. `of` says what it is: "guest" (one there is), "name" (a new one's), "key", "directory"."""
+    """A word behind the verb. `of` says what: "guest" (one there is), "name" (of a new one), "key", "directory"."""
 
     __slots__ = ("many", "name", "of", "optional")
 

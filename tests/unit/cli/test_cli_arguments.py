@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given as example
+from hypothesis import strategies as st
 
 from kvmd.cli.arguments import UsageError, Verb, parse, usage
 from kvmd.cli.verbs import ALIASES, COMMON, GRAMMAR, GROUPS, LATER, VERBS
+from kvmd.config.scalars import guest_name
 
 # "What is fixed" of the architecture: these names exist, now or later, and mean nothing else.
 FIXED = """
@@ -120,3 +123,14 @@ def test_a_negative_number_is_a_value() -> None:
 
 def test_many_words() -> None:
     assert parse(GRAMMAR, ["start", "a", "--yes", "b"]).words("NAME") == ("a", "b")
+
+
+@example(st.text(max_size=4) | st.text("az09-", min_size=45, max_size=49) | st.text("aZ0-", max_size=4))
+def test_names_are_judged_as_in_files(name: str) -> None:
+    try:
+        guest_name(name)
+    except ValueError:
+        with pytest.raises(UsageError, match="no guest can be called"):
+            parse(GRAMMAR, ["show", "--", name])
+    else:
+        assert parse(GRAMMAR, ["show", name]).word("NAME") == name
