@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig.demo import Demo, main, need
 from tests.rig.machinestate import Memory, Net, differences, machine_lock, processes_about
 
 REPO = Path(__file__).resolve().parents[2]
@@ -78,3 +79,21 @@ def test_ctrl_c_leaves_nothing(moment: str) -> None:
     assert differences(net, Net.observe()) == []
     assert processes_about("/var/tmp/kvmd-demo") == []
     assert time.monotonic() - begun < 120
+
+
+def test_a_step_that_fails_is_loud_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pages are reserved and the network is up when it happens; the reason and the daemon's last words are told."""
+    with machine_lock():
+        memory, net = Memory.observe(), Net.observe()
+    monkeypatch.setattr(Demo, "boot", lambda _demo: need(False, "no guest boots today"))
+    assert main() == 1
+    said = capsys.readouterr()
+    assert "demo: FAILED: no guest boots today" in said.err
+    assert "--- kvmd.log" in said.err
+    assert "+ bridge kvlan" in said.err
+    with machine_lock():
+        assert differences(memory, Memory.observe()) == []
+    assert differences(net, Net.observe()) == []
+    assert processes_about("/var/tmp/kvmd-demo") == []
