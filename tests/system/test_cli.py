@@ -21,6 +21,7 @@ from tests.rig.guestfiles import LAN, linux, tiny, tiny_on
 from tests.rig.kvmdhost import REPO, KvmdHost
 
 pytestmark = pytest.mark.system
+KEEP_KSM = '[ksm]\nmode = "keep"\n'  # page merging is the whole machine's: others may be testing it
 DEAF = '[stop]\ntimeout = "1s"\n'  # a boot sector does not hear the power button
 
 
@@ -67,6 +68,7 @@ def test_the_first_guest_in_a_few_commands(host: KvmdHost) -> None:
 
 
 def test_plan_apply_and_the_empty_second_plan(host: KvmdHost) -> None:
+    host.write("host.toml", KEEP_KSM)
     host.start()
     host.network("lan", LAN)
     code, out, _ = run(host, "plan")
@@ -94,6 +96,7 @@ def test_plan_apply_and_the_empty_second_plan(host: KvmdHost) -> None:
 
 def test_set_is_pending_until_a_restart(host: KvmdHost) -> None:
     host.guest("web", tiny(host, "web", extra=DEAF))
+    host.write("host.toml", KEEP_KSM)
     host.start()
     host.cli("start", "web")
     code, out, err = run(host, "set", "web", "memory.size", "48MiB")
@@ -129,6 +132,7 @@ def test_exit_codes(host: KvmdHost) -> None:
     """Each of the fixed ones, from the real daemon."""
     assert run(host, "list")[0] == 6
     host.guest("web", tiny(host, "web", extra=DEAF + '[guest]\nprotect = ["delete"]\n'))
+    host.write("host.toml", KEEP_KSM)
     host.start()
     code, _, err = run(host, "show", "wbe")
     assert code == 3
@@ -242,6 +246,7 @@ def test_a_terminal_left_by_a_signal_is_put_back(host: KvmdHost) -> None:
 
 def test_apply_asks_on_a_terminal(host: KvmdHost) -> None:
     host.guest("web", tiny(host, "web"))
+    host.write("host.toml", KEEP_KSM)
     host.start()
     host.cli("start", "web")
     host.guest("web", tiny_on(host.images / "web.img", size="48MiB", extra=DEAF))
