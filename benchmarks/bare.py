@@ -45,6 +45,7 @@ class Bare:
                     publish=lambda *_: None,
                     loaded=load(self._paths.config),
                 )
+                services.settled.set()
                 decided = await services.decide(name)
                 launch: Launch
                 launch, descriptors = await services.open(name, decided)

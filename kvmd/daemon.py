@@ -18,7 +18,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmd import __version__
 from kvmd.effects import files, systemd
@@ -43,8 +43,9 @@ from kvmd.rpc.peers import find_group, find_user
 from kvmd.rpc.protocol import Limits
 from kvmd.rpc.registry import Registry
 from kvmd.rpc.server import Server
-from kvmd.tuning.agent import Agent
-from kvmd.wiring import GuestMemory
+
+if TYPE_CHECKING:
+    from kvmd.tuning.agent import Agent
 
 _log = logging.getLogger(__name__)
 FLUSH_S = 0.5  # history is telemetry: half a second of it may be lost with the power
@@ -93,8 +94,8 @@ class Daemon:
             def publish(kind: str, guest: str | None, actor: str | None, data: Mapping[str, Any]) -> None:
                 text = json.dumps(data, default=str)
                 hub.publish(history.append(time=Services.now(), type=kind, guest=guest, actor=actor, data=text))
-                if kind == "guest.running":
-                    agent.wake()
+                if kind == "guest.running" and agents:
+                    agents[0].wake()
 
             services = Services(
                 paths=self._paths,
@@ -110,8 +111,18 @@ class Daemon:
             wish = manager.load().desired.daemon
             logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
-            memory = GuestMemory(manager, applier)
-            agent = Agent(memory, memory, history, memory.settings)
+            agents: list[Agent] = []
+
+            def agent() -> Agent:
+                """Loaded at its first use: a kvmd that comes back has to answer first."""
+                if not agents:
+                    from kvmd.tuning.agent import Agent
+                    from kvmd.wiring import GuestMemory
+
+                    memory = GuestMemory(manager, applier)
+                    agents.append(Agent(memory, memory, history, memory.settings))
+                return agents[0]
+
             registry = Registry()
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
@@ -133,6 +144,7 @@ class Daemon:
                 group.create_task(self._keep_history(manager, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),
             ]
+            await manager.learn()
             # Guests' units are ordered after ours: we have to be ready before their starts can end.
             manager.prepared = lambda: systemd.notify("READY=1")
             await _reconcile(manager, "boot")
@@ -144,7 +156,7 @@ class Daemon:
             tasks.append(group.create_task(mender.run(), name="mender"))
             tasks.append(group.create_task(dnsmasqs.watch(mender.dnsmasq_ended), name="dnsmasq"))
             tasks.append(group.create_task(watch_links(mender.links_changed), name="links"))
-            tasks.append(group.create_task(agent.run(), name="tuning"))
+            tasks.append(group.create_task(agent().run(), name="tuning"))
             tasks.append(group.create_task(_reload(reloading, manager, server), name="reload"))
             await stopping.wait()
             systemd.notify("STOPPING=1")

@@ -176,6 +176,11 @@ class Manager:
         runs = [run for run in store.runs() if run.boot_id == boot_id]
         await asyncio.gather(*(self.supervisor(run.name).adopt(run) for run in runs))
 
+    async def learn(self) -> None:
+        """The threads of all adopted guests; from then on guests may be started and placed beside them."""
+        await asyncio.gather(*(supervisor.learn() for supervisor in self.supervisors.values()))
+        self.services.settled.set()
+
     def _new_boot(self, boot_id: str) -> None:
         """Nothing of an earlier boot is alive; what shall run is what the files and links say."""
         store, units = self.services.store, self.services.units

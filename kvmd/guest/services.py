@@ -85,6 +85,9 @@ class Services:
     publish: Publish
     admit: Callable[[str], None] = lambda _name: None  # the manager's: raises Refused
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
+    settled: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # all adopted guests' CPUs are known: starts may place
     loaded: Loaded = field(default_factory=lambda: Loaded(desired=Desired()))
     _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
     _kvm: Kvm = field(default_factory=lambda: Kvm(usable=False, reason="not looked at yet", fix=None))
@@ -129,6 +132,7 @@ class Services:
 
     async def decide(self, name: str) -> Decided:
         """Check and settle everything. Refused, ConfigInvalid, NotSupported…; nothing of the host is touched."""
+        await self.settled.wait()
         guest = self.declared(name)
         self.admit(name)
         placement = self.place(name)

@@ -202,9 +202,19 @@ class Supervisor:
         self._feed(lifecycle.Adopted(run_state))
         if self.state is State.STARTING:  # killed between -S and cont: finish what was begun
             self._spawn(self._finish_adopted(), "finish")
-        elif self._run and run_state is not None:
-            self._run.born = await self.services.inspect(self._run.monitor)
-            self.status = replace(self.status, balloon_bytes=self._run.born.balloon_bytes)
+
+    async def learn(self) -> None:
+        """What an adopted QEMU consists of (threads, balloon). Not part of `adopt`: its state can be told before."""
+        run = self._run
+        if run is None or run.born or not run.monitor.connected or self.state is State.STARTING:
+            return
+        try:
+            run.born = await self.services.inspect(run.monitor)
+        except KvmdError as error:
+            _log.warning("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
+            return
+        self.status = replace(self.status, balloon_bytes=run.born.balloon_bytes)
+        self.on_change(self.name)
 
     def let_go(self) -> None:
         """Stop supervising, for kvmd ends; QEMU goes on and is adopted by the next kvmd."""

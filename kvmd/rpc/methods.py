@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -25,7 +25,9 @@ from kvmd.plan.network import tap_name
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
 from kvmd.rpc.registry import Call, Handler, NoParams, Registry
-from kvmd.tuning.agent import Agent
+
+if TYPE_CHECKING:
+    from kvmd.tuning.agent import Agent
 
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
@@ -33,7 +35,7 @@ _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 class Methods:
     """Answers every method except the protocol's own."""
 
-    def __init__(self, manager: Manager, agent: Agent, *, started_at: float) -> None:
+    def __init__(self, manager: Manager, agent: Callable[[], Agent], *, started_at: float) -> None:
         self._manager = manager
         self._agent = agent
         self._started_at = started_at
@@ -215,12 +217,14 @@ class Methods:
 
     async def tune_status(self, _params: NoParams, _call: Call) -> RawJson:
         """The tuning agent's present picture of host and guests"""
-        return RawJson(results.TuneStatus.model_validate(self._agent.status(), strict=False).model_dump_json().encode())
+        return RawJson(
+            results.TuneStatus.model_validate(self._agent().status(), strict=False).model_dump_json().encode()
+        )
 
     async def tune_explain(self, params: results.ExplainParams, _call: Call) -> RawJson:
         """The agent's decisions about one guest, each with its reasons and what came of it"""
         self._manager.known(params.name)
-        found = self._agent.explain(params.name, params.limit)
+        found = self._agent().explain(params.name, params.limit)
         return RawJson(results.Explained.model_validate(found, strict=False).model_dump_json().encode())
 
     # ---- the daemon ---------------------------------------------------------------------------------------------

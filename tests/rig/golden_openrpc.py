@@ -18,7 +18,7 @@ def registry() -> Registry:
     found = Registry()
     add_builtin(found, EventHub(), version="0")
     nothing: Any = None
-    Methods(cast(Manager, nothing), cast(Agent, nothing), started_at=0.0).add_to(found)
+    Methods(cast(Manager, nothing), lambda: cast(Agent, nothing), started_at=0.0).add_to(found)
     return found
 
 
