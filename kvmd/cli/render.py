@@ -6,7 +6,10 @@ Whatever came from a guest or a file passes `clean`: a terminal obeys control ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+TYPE_CHECKING = False  # typing itself is 3 ms of every start
+if TYPE_CHECKING:
+    from typing import Any
 
 GREEN, RED, YELLOW, DIM = "32", "31", "33", "2"
 _STATE_COLOURS = {"running": GREEN, "failed": RED, "unreachable": RED, "paused": YELLOW, "stopped": DIM}
