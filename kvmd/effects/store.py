@@ -1,8 +1,9 @@
 """kvmd's durable state: what must be known again after kvmd, or the host, stopped at any instant.
 
 state.db holds intents, the journal of host effects, wanted states, uids and crash counts: small, in WAL mode with
-synchronous=FULL, so a method that returned has reached the disk (0.4 ms). Methods are synchronous, for one thread.
-What can be rebuilt or merely looked at later (events, decisions) belongs into history.db.
+synchronous=FULL, so a method that returned has reached the disk (0.4 ms); what only this boot needs is there with
+the next one. Methods are synchronous, for one thread. What can be rebuilt or merely looked at later (events,
+decisions) belongs into history.db.
 
 A damaged file is set aside and `rebuilt` says so; one of a newer kvmd is refused. Where the directory cannot be
 written (`degraded`), reads answer from what there is, each write tries again and raises HostFailed while it fails.
@@ -118,14 +119,19 @@ class Store:
         return connection
 
     @contextlib.contextmanager
-    def _write(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """One durable transaction. HostFailed when it cannot be had: then nothing of it happened."""
+    def _write(self, doing: str, *, of_this_boot: bool = False) -> Iterator[sqlite3.Connection]:
+        """One durable transaction. HostFailed when it cannot be had: then nothing of it happened.
+
+        `of_this_boot`: what means nothing after a power failure, since no QEMU survives one, has only to survive
+        kvmd. It is in the kernel's hands when this returns; the next other transaction takes it to the disk.
+        """
         if self.degraded:
             self.close()
             self._db = self._open()
         if self.degraded:
             raise HostFailed(f"cannot record {doing}: {self.degraded}", hint=f"see `df {self.path.parent}` and `mount`")
         try:
+            self._db.execute(f"PRAGMA synchronous = {'NORMAL' if of_this_boot else 'FULL'}")
             with _transaction(self._db):
                 for end in self._ends_due.values():
                     _insert_end(self._db, end)
@@ -245,7 +251,7 @@ class Store:
 
     def _update_run(self, name: str, assignment: str, *values: Any) -> GuestRun:
         # `assignment` is a literal of the callers above, never data.
-        with self._write(f"the state of guest {name}") as db:
+        with self._write(f"the state of guest {name}", of_this_boot=True) as db:
             if not db.execute(f"UPDATE run SET {assignment} WHERE guest = ?", (*values, name)).rowcount:
                 raise Conflict(f"guest {name}: no start is on record")
         return next(run for run in self.runs() if run.name == name)
