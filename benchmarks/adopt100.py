@@ -51,7 +51,7 @@ def main() -> None:
         pids = {guest["name"]: guest["pid"] for guest in host.call("guest.list")["guests"]}
         for warming in range(-1, chosen.rounds):
             host.kill()
-            settle(20)
+            settle(5)
             one, other = Series(""), Series("")
             other.time(lambda: ask_plainly([host.run / f"guests/{name}/rescue.sock" for name in names]))
             one.values.append(known_again(host, pids))

@@ -33,7 +33,7 @@ def main() -> None:
                 host.call("guest.kill", name=name)
             host.terminate()
             forget_boot(host)
-            settle(20)
+            settle(5)
             waits = Series("")
             begun = time.perf_counter()
             host.launch()
