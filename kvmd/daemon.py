@@ -16,7 +16,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from kvmd.effects.netlink import Netlink, watch_links
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.errors import Conflict, KvmdError
-from kvmd.guest.services import Services
+from kvmd.guest.services import Publish, Services
 from kvmd.manager import Manager
 from kvmd.paths import CONFIG_DIR, RUN_DIR, STATE_DIR, Paths
 from kvmd.rpc.auth import resolve
@@ -90,20 +91,14 @@ class Daemon:
                 cursor=history.cursor,
                 oldest=history.oldest_cursor,
             )
-
-            def publish(kind: str, guest: str | None, actor: str | None, data: Mapping[str, Any]) -> None:
-                text = json.dumps(data, default=str)
-                hub.publish(history.append(time=Services.now(), type=kind, guest=guest, actor=actor, data=text))
-                if kind == "guest.running" and agents:
-                    agents[0].wake()
-
+            agent = LateAgent()
             services = Services(
                 paths=self._paths,
                 store=store,
                 tree=tree,
                 netlink=netlink,
                 units=None,
-                publish=publish,
+                publish=_publisher(hub, history, agent),
             )
             dnsmasqs = Dnsmasqs(self._paths.run, self._paths.state)
             applier = HostApplier(tree, netlink, dnsmasqs, store)
@@ -111,35 +106,14 @@ class Daemon:
             wish = manager.load().desired.daemon
             logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
-            agents: list[Agent] = []
-
-            def agent() -> Agent:
-                """Loaded at its first use: a kvmd that comes back has to answer first."""
-                if not agents:
-                    from kvmd.tuning.agent import Agent
-                    from kvmd.wiring import GuestMemory
-
-                    memory = GuestMemory(manager, applier)
-                    agents.append(Agent(memory, memory, history, memory.settings))
-                return agents[0]
-
+            agent.make = lambda: _make_agent(manager, applier, history)
             registry = Registry()
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
             server = Server(registry, _access(manager), limits=_limits(manager))
-
-            async def on_asking(asking: Asking) -> None:
-                known = asking.name in manager.services.loaded.desired.guests or asking.name in manager.supervisors
-                if asking.stop and known:
-                    manager.supervisor(asking.name).unit_stops(asking)
-                elif known:
-                    await manager.supervisor(asking.name).asked(asking)
-                else:
-                    asking.refuse(f"no guest is called {asking.name}")
-
             await manager.recover()
             tasks = [
-                group.create_task(HandoverServer(launch, on_asking).run(), name="handover"),
+                group.create_task(HandoverServer(launch, partial(_hand_over, manager)).run(), name="handover"),
                 group.create_task(server.serve(api), name="rpc"),
                 group.create_task(self._keep_history(manager, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),
@@ -179,6 +153,56 @@ class Daemon:
                 next_prune = loop.time() + PRUNE_S
                 wish = manager.services.loaded.desired.daemon.history
                 history.prune(Services.now(), wish.events, wish.max_size)
+
+
+class LateAgent:
+    """The tuning agent, loaded and made at its first use: a kvmd that comes back has to answer first."""
+
+    def __init__(self) -> None:
+        self.make: Callable[[], Agent] | None = None
+        self._agent: Agent | None = None
+
+    def __call__(self) -> Agent:
+        if self._agent is None:
+            assert self.make is not None
+            self._agent = self.make()
+        return self._agent
+
+    def wake(self) -> None:
+        """Look at once, if it looks already."""
+        if self._agent:
+            self._agent.wake()
+
+
+def _make_agent(manager: Manager, applier: HostApplier, history: History) -> Agent:
+    from kvmd.tuning.agent import Agent
+    from kvmd.wiring import GuestMemory
+
+    memory = GuestMemory(manager, applier)
+    return Agent(memory, memory, history, memory.settings)
+
+
+def _publisher(hub: EventHub, history: History, agent: LateAgent) -> Publish:
+    """Where everything that happens is told: to the history, to subscribers, to the agent."""
+
+    def publish(kind: str, guest: str | None, actor: str | None, data: Mapping[str, Any]) -> None:
+        text = json.dumps(data, default=str)
+        hub.publish(history.append(time=Services.now(), type=kind, guest=guest, actor=actor, data=text))
+        if kind == "guest.running":
+            agent.wake()
+
+    return publish
+
+
+async def _hand_over(manager: Manager, asking: Asking) -> None:
+    """A launcher came: it asks for a guest, or says that a guest's unit is being stopped."""
+    known = asking.name in manager.services.loaded.desired.guests or asking.name in manager.supervisors
+    if asking.stop and known:
+        manager.supervisor(asking.name).unit_stops(asking)
+    elif known:
+        await manager.supervisor(asking.name).asked(asking)
+    else:
+        asking.refuse(f"no guest is called {asking.name}")
 
 
 class Mender:

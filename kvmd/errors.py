@@ -7,7 +7,9 @@ Nothing here imports anything, so the client can use it without paying for the d
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False  # the client must not pay for importing typing; type checkers take this for true
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class KvmdError(Exception):

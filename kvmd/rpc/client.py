@@ -12,9 +12,13 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+
 
 from kvmd.errors import KvmdError, TimedOut, Unreachable
+
+TYPE_CHECKING = False  # the client must not pay for importing typing; type checkers take this for true
+if TYPE_CHECKING:
+    from typing import Any
 
 _PATH_BYTES = 107  # sun_path holds 108 with the final NUL (unix(7))
 _CHUNK = 256 << 10
