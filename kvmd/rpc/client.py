@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-
 from kvmd.errors import KvmdError, TimedOut, Unreachable
 
 TYPE_CHECKING = False  # the client must not pay for importing typing; type checkers take this for true
