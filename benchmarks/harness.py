@@ -119,6 +119,13 @@ class BareQemu:
     pid: int
     monitor: socket.socket
 
+    def cont(self) -> None:
+        """Let the guest go: from now on it takes CPU time as a guest of kvmd's does."""
+        self.monitor.send(b'{"execute":"cont"}\n')
+        seen = b""
+        while b'"return"' not in seen:
+            seen += self.monitor.recv(65536)
+
     def end(self) -> None:
         """SIGKILL and reap."""
         self.monitor.close()
