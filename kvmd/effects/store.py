@@ -193,8 +193,8 @@ class Store:
     # ---- wanted states and holds ------------------------------------------------------------------------------
 
     def set_wanted(self, name: str, wanted: WantedState, actor: str, reason: str, time: float) -> None:
-        """Record what was asked of a guest."""
-        with self._write(f"that guest {name} shall be {wanted}") as db:
+        """Record what was asked of a guest; the next boot asks `start.auto` anew."""
+        with self._write(f"that guest {name} shall be {wanted}", of_this_boot=True) as db:
             db.execute("INSERT OR REPLACE INTO wanted VALUES (?, ?, ?, ?, ?)", (name, wanted, actor, reason, time))
 
     def wanted(self, name: str) -> Wanted | None:
