@@ -48,6 +48,7 @@ from kvmd.units import CpuSet
 _log = logging.getLogger(__name__)
 BOOT_META = "boot_id"
 RELEASED_META = "released_in_boot"
+ADOPT_PATIENCE_S = 2.0  # a hundred guests that answer take a quarter of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +169,18 @@ class Manager:
         return await supervisor.kill(actor)
 
     async def recover(self) -> None:
-        """Adopt every guest that runs, end the records of those that do not, forget other boots."""
+        """Adopt every guest that runs, end the records of those that do not, forget other boots.
+
+        A guest whose monitor is silent keeps nobody waiting beyond ADOPT_PATIENCE_S; it is adopted when it answers.
+        """
         store, tree = self.services.store, self.services.tree
         boot_id = tree.boot_id()
         if store.meta(BOOT_META) != boot_id:
             self._new_boot(boot_id)
         runs = [run for run in store.runs() if run.boot_id == boot_id]
-        await asyncio.gather(*(self.supervisor(run.name).adopt(run) for run in runs))
+        adoptions = [self._spawn(self.supervisor(run.name).adopt(run), f"adopt-{run.name}") for run in runs]
+        if adoptions:
+            await asyncio.wait(adoptions, timeout=ADOPT_PATIENCE_S)
 
     async def learn(self) -> None:
         """The threads of all adopted guests; from then on guests may be started and placed beside them."""

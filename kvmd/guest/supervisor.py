@@ -196,12 +196,17 @@ class Supervisor:
             return
         if record.process is None:
             record = self.services.store.record_process(self.name, watched.process.pid, watched.process.start_time)
-        self._take(watched, record)
+        run = self._take(watched, record)
         self.status = replace(self.status, process=watched.process)
+        self._set(Life(State.UNREACHABLE, "kvmd has just come back and asks its monitor"))
         run_state = await self._connect()
+        if self._run is not run:
+            return  # it ended meanwhile
         self._feed(lifecycle.Adopted(run_state))
         if self.state is State.STARTING:  # killed between -S and cont: finish what was begun
             self._spawn(self._finish_adopted(), "finish")
+        elif self.services.settled.is_set():  # it answered only after all others were asked
+            await self.learn()
 
     async def learn(self) -> None:
         """What an adopted QEMU consists of (threads, balloon). Not part of `adopt`: its state can be told before."""
@@ -385,6 +390,7 @@ class Supervisor:
             status = await self._connect()
             if status is not None:
                 self._feed(lifecycle.MonitorBack(status))
+                await self.learn()
                 return
             await asyncio.sleep(delay)
             delay = min(delay * 2, RECONNECT_LONGEST_S)

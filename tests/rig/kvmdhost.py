@@ -150,6 +150,15 @@ class KvmdHost:
                 raise AssertionError(f"{name} is {found['state']} ({found['reason']}), not {state}\n{self.logs(name)}")
             time.sleep(0.05)
 
+    def wait_placed(self, name: str, timeout_s: float = 30.0) -> Any:
+        """Until the guest's threads are known (a kvmd that came back answers before they are); its summary then."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.show(name))["placement"] is None:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{name} is placed nowhere\n{self.logs(name)}")
+            time.sleep(0.05)
+        return found
+
     def logs(self, name: str) -> str:
         """What the daemon and this guest's QEMU said, for failures."""
         texts = [self.log.read_text()[-8000:]]

@@ -106,7 +106,7 @@ def test_a_dedicated_guest_has_its_cpu_alone(host: KvmdHost, life: str) -> None:
     host.call("guest.start", name="a")
     if life == "adopted":
         host.restart()
-    shown = host.show("a")
+    shown = host.wait_placed("a")
     (own,) = shown["placement"]["vcpus"]
     assert own.isdigit()
     cpu_tid = ask(host, "a", "query-cpus-fast")[0]["thread-id"]

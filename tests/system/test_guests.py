@@ -125,7 +125,25 @@ def test_a_hung_qemu_can_be_killed_and_hides_nobody(host: KvmdHost) -> None:
         host.call("guest.reset", name="a")
     assert host.show("a")["state"] == "unreachable"
     assert host.call("guest.reset", name="b", timeout_s=2)["changed"]
+    host.kill()
+    begun = time.monotonic()
+    host.start()  # a hung guest keeps a kvmd that comes back from nothing
+    assert {g["name"]: g["state"] for g in host.call("guest.list")["guests"]} == {"a": "unreachable", "b": "running"}
+    assert time.monotonic() - begun < 4.5  # QMP's own patience alone is 5 s
     assert host.call("guest.kill", name="a", timeout_s=5)["state"] == "stopped"
+
+
+def test_a_hung_qemu_that_comes_back_is_taken_up_again(host: KvmdHost) -> None:
+    host.guest("a", tiny(host, "a"))
+    host.start()
+    host.call("guest.start", name="a")
+    pid = host.show("a")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    host.restart()
+    host.wait_state("a", "unreachable")
+    os.kill(pid, signal.SIGCONT)
+    assert host.wait_state("a", "running", 60)["pid"] == pid
+    host.wait_placed("a")
 
 
 def test_crash_is_told_and_restarted_within_its_budget(host: KvmdHost, life: str) -> None:
