@@ -23,6 +23,7 @@ from typing import Any
 from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.rpc.client import Client
+from tests.rig.guestimage import cache
 
 REPO = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
@@ -47,9 +48,7 @@ class KvmdHost:
             _run("ip", "netns", "add", self.namespace)
             _run("ip", "-n", self.namespace, "link", "set", "lo", "up")
         self._daemon: subprocess.Popen[bytes] | None = None
-        self.write(
-            "kvmd.toml", f'[storage]\nroots = ["{self.images}", "/var/cache/kvmd-test"]\nimages = "{self.images}"\n'
-        )
+        self.write("kvmd.toml", f'[storage]\nroots = ["{self.images}", "{cache()}"]\nimages = "{self.images}"\n')
 
     # ---- files ----
 

@@ -24,6 +24,7 @@ _COUNTERS = ("pages_shared",)  # among KNOBS, but the kernel's to change
 @contextlib.contextmanager
 def machine_lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Alone with this machine's pages and knobs; `waiting` is called when another run has them."""
+    LOCK.parent.mkdir(mode=0o1777, exist_ok=True)  # a machine without systemd may lack it
     with LOCK.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,12 +29,12 @@ from kvmd.qemu.identity import allot
 from kvmd.qemu.verify import check_running, queries
 from tests.rig import golden_argv
 from tests.rig.guestconsole import GuestConsole
-from tests.rig.guestimage import guest_kernel
+from tests.rig.guestimage import cache, guest_kernel
+from tests.rig.machinestate import machine_lock
 from tests.rig.qemu_process import EMULATOR, RealQemu, running
 
-HOST_LOCK = Path("/run/lock/kvmd-test-host.lock")
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-KERNEL = Path("/var/cache/kvmd-test/kernel/boot")
+KERNEL = cache() / "kernel/boot"
 GUEST_UID = 64100
 CLONE_NEWNET = 0x40000000
 TUNSETIFF = 0x400454CA
@@ -87,8 +87,7 @@ def taps() -> Iterator[Any]:
 @pytest.fixture
 def pages() -> Iterator[int]:
     """32 free pages of 2 MiB, under the lock of all host tests; what was there is put back."""
-    with HOST_LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with machine_lock():
         total = POOL / "nr_hugepages"
         before = int(total.read_text())
         total.write_text(str(before + 32))

@@ -6,7 +6,6 @@ no host can meet is made to a copy of this machine's files that answers like the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -26,10 +25,10 @@ from kvmd.facts import Facts
 from kvmd.plan.hugepages import PageNeed, plan_hugepages
 from kvmd.plan.ksm import KNOBS, KSM, SWAPPINESS, plan_ksm
 from tests.rig.hosts import MIB, REPO, StingyHost, write_tree
+from tests.rig.machinestate import machine_lock
 
 pytestmark = pytest.mark.system
 
-LOCK = Path("/run/lock/kvmd-test-host.lock")
 P2 = 2 * MIB
 FEW = 8
 MAP_HUGETLB = 0x40000  # linux/mman.h; the mmap module does not name it
@@ -39,8 +38,7 @@ MAP_HUGETLB = 0x40000  # linux/mman.h; the mmap module does not name it
 def machine() -> Iterator[HostTree]:
     """This machine, alone, with pools and knobs put back afterwards."""
     tree = HostTree()
-    with LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with machine_lock():
         pools = tree.observe_hugepages()
         knobs = tree.observe_knobs(KNOBS)
         try:
