@@ -55,7 +55,8 @@ def kvmd(lab: Lab) -> Iterator[Lab]:
     lab.write("/etc/kvmd/guests.d/web.toml", GUEST.format(kernel="/srv/vm/vmlinuz", initrd="/srv/vm/initrd"))
     lab.check("systemctl enable --quiet --now kvmd", timeout_s=120)
     yield lab
-    lab.run("kvmd-cli kill web; systemctl disable --now kvmd.service kvmd.socket kvmd-launch.socket", timeout_s=120)
+    lab.run("kvmd-cli kill web; systemctl disable --now kvmd; /src/kvmd/scripts/uninstall --purge", timeout_s=240)
+    lab.run("systemctl reset-failed; rm -rf /srv/vm")
 
 
 def show(lab: Lab) -> dict[str, Any]:
