@@ -130,8 +130,9 @@ class Manager:
         found = self.supervisors.get(name)
         if found and (name in self.services.loaded.desired.guests or found.state in ALIVE):
             return found
-        self.services.declared(name) if not self._near(name) else None
         near = self._near(name)
+        if near is None:
+            self.services.declared(name)  # a file that was never without fault has more to say
         raise NotFound(f"no guest is called {name}", hint=f"did you mean {near}?" if near else "kvmd-cli list")
 
     def _near(self, name: str) -> str | None:

@@ -128,7 +128,7 @@ class HandoverServer:
 
 
 def listen_private(path: Path) -> socket.socket:
-    """A listening 0600 socket in a directory only root can enter. A stale one of an earlier kvmd is replaced."""
+    """A listening socket of mode 0600 from its first moment. A stale one of an earlier kvmd is replaced."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
