@@ -55,7 +55,7 @@ class Guests(Table):
     """[guests]"""
 
     start_concurrency: AutoCount = key("auto", 'Guests started at once; "auto": by CPUs.', mark="~")
-    shutdown_timeout: DurationT = key(Duration(300), "All guests together at host shutdown.", mark="~")
+    shutdown_timeout: None = later("duration", "All guests together at host shutdown.", mark="~")
     default_profile: GuestName | None = key(None, "Profile of guests that name none.", mark="~", example='"linux"')
 
 
