@@ -28,9 +28,11 @@ from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.handover import Asking, HandoverServer, listen_private
 from kvmd.effects.history import History
 from kvmd.effects.netlink import Netlink, watch_links
+from kvmd.effects.observe import HostObserver
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.errors import Conflict, KvmdError
+from kvmd.guest.roster import Roster
 from kvmd.guest.services import Publish, Services
 from kvmd.manager import Manager
 from kvmd.paths import CONFIG_DIR, RUN_DIR, STATE_DIR, Paths
@@ -102,8 +104,9 @@ class Daemon:
             )
             dnsmasqs = Dnsmasqs(self._paths.run, self._paths.state)
             applier = HostApplier(tree, netlink, dnsmasqs, store)
-            manager = Manager(services, applier, dnsmasqs, lambda work, name: group.create_task(work, name=name))
-            wish = manager.load().desired.daemon
+            guests = Roster(services, lambda work, name: group.create_task(work, name=name))
+            manager = Manager(guests, HostObserver(tree, netlink, dnsmasqs), applier)
+            wish = guests.load().desired.daemon
             logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
             agent.make = lambda: _make_agent(manager, applier, history)
@@ -111,18 +114,18 @@ class Daemon:
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
             server = Server(registry, _access(manager), limits=_limits(manager))
-            await manager.recover()
+            await guests.recover()
             tasks = [
-                group.create_task(HandoverServer(launch, partial(_hand_over, manager)).run(), name="handover"),
+                group.create_task(HandoverServer(launch, partial(_hand_over, guests)).run(), name="handover"),
                 group.create_task(server.serve(api), name="rpc"),
-                group.create_task(self._keep_history(manager, history), name="history"),
+                group.create_task(self._keep_history(guests, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),
             ]
-            await manager.learn()
+            await guests.learn()
             # Guests' units are ordered after ours: we have to be ready before their starts can end.
             manager.prepared = lambda: systemd.notify("READY=1")
             await _reconcile(manager, "boot")
-            systemd.notify("READY=1", f"STATUS={len(manager.supervisors)} guests")
+            systemd.notify("READY=1", f"STATUS={len(guests.supervisors)} guests")
             _log.info("kvmd %s is ready", __version__)
             gc.freeze()  # what is there now stays: no collection has to look at it again
             gc.enable()
@@ -134,11 +137,11 @@ class Daemon:
             tasks.append(group.create_task(_reload(reloading, manager, server), name="reload"))
             await stopping.wait()
             systemd.notify("STOPPING=1")
-            manager.let_go()
+            guests.let_go()
             for task in tasks:
                 task.cancel()
 
-    async def _keep_history(self, manager: Manager, history: History) -> None:
+    async def _keep_history(self, guests: Roster, history: History) -> None:
         """Write what is buffered; drop what is too old or too much, of events and of guests' logs."""
         loop = asyncio.get_running_loop()
         next_prune = next_rotation = loop.time()
@@ -147,11 +150,11 @@ class Daemon:
             history.flush()
             if loop.time() >= next_rotation:
                 next_rotation = loop.time() + ROTATE_S
-                for name in manager.supervisors:
-                    manager.services.rotate_logs(name)
+                for name in guests.supervisors:
+                    guests.services.rotate_logs(name)
             if loop.time() >= next_prune:
                 next_prune = loop.time() + PRUNE_S
-                wish = manager.services.loaded.desired.daemon.history
+                wish = guests.services.loaded.desired.daemon.history
                 history.prune(Services.now(), wish.events, wish.max_size)
 
 
@@ -194,13 +197,13 @@ def _publisher(hub: EventHub, history: History, agent: LateAgent) -> Publish:
     return publish
 
 
-async def _hand_over(manager: Manager, asking: Asking) -> None:
+async def _hand_over(guests: Roster, asking: Asking) -> None:
     """A launcher came: it asks for a guest, or says that a guest's unit is being stopped."""
-    known = asking.name in manager.services.loaded.desired.guests or asking.name in manager.supervisors
+    known = asking.name in guests.services.loaded.desired.guests or asking.name in guests.supervisors
     if asking.stop and known:
-        manager.supervisor(asking.name).unit_stops(asking)
+        guests.supervisor(asking.name).unit_stops(asking)
     elif known:
-        await manager.supervisor(asking.name).asked(asking)
+        await guests.supervisor(asking.name).asked(asking)
     else:
         asking.refuse(f"no guest is called {asking.name}")
 

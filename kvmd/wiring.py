@@ -54,7 +54,7 @@ class GuestMemory:
 
     def guests(self) -> Sequence[GuestFacts]:
         """All guests with a QEMU, as they were started."""
-        alive = (s for s in self._manager.supervisors.values() if s.state in ALIVE and s.record)
+        alive = (s for s in self._manager.guests.supervisors.values() if s.state in ALIVE and s.record)
         return [self._facts(supervisor) for supervisor in alive]
 
     def _facts(self, supervisor: Supervisor) -> GuestFacts:
@@ -74,7 +74,7 @@ class GuestMemory:
 
     async def balloon(self, name: str) -> BalloonReading:
         """The driver's last report and the present size. KvmdError."""
-        supervisor = self._manager.known(name)
+        supervisor = self._manager.guests.known(name)
         stats = await supervisor.qmp("qom-get", path=BALLOON, property="guest-stats")
         actual = await supervisor.qmp("query-balloon")
         if not isinstance(actual, dict) or not isinstance(actual.get("actual"), int):
@@ -86,11 +86,11 @@ class GuestMemory:
 
     async def set_balloon(self, name: str, target_bytes: int) -> None:
         """Ask the guest's driver for this size. KvmdError."""
-        await self._manager.known(name).qmp("balloon", value=target_bytes)
+        await self._manager.guests.known(name).qmp("balloon", value=target_bytes)
 
     async def set_stats_interval(self, name: str, interval_s: int) -> None:
         """How often the driver reports. KvmdError."""
-        await self._manager.known(name).qmp(
+        await self._manager.guests.known(name).qmp(
             "qom-set", path=BALLOON, property="guest-stats-polling-interval", value=interval_s
         )
 

@@ -70,8 +70,8 @@ class Methods:
 
     async def guest_list(self, _params: NoParams, _call: Call) -> RawJson:
         """All guests, from what is known without asking any QEMU"""
-        if self._list is None or self._list[0] != self._manager.version:
-            version = self._manager.version
+        if self._list is None or self._list[0] != self._manager.guests.version:
+            version = self._manager.guests.version
             asked = {wanted.guest: wanted.state for wanted in self._manager.services.store.all_wanted()}
             guests = tuple(self._summary(supervisor, asked.get(supervisor.name)) for supervisor in self._listed())
             shown = results.GuestList(guests=guests)
@@ -81,7 +81,7 @@ class Methods:
     async def guest_show(self, params: results.GuestParams, _call: Call) -> results.GuestDetail:
         """Everything about one guest"""
         services, name = self._manager.services, params.name
-        supervisor = self._manager.known(name)
+        supervisor = self._manager.guests.known(name)
         guest = services.guest(name)
         identity = services.identity(name)
         run = supervisor.record
@@ -125,36 +125,36 @@ class Methods:
 
     async def guest_start(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
         """Bring a guest to running"""
-        changed = await self._manager.start(params.name, call.actor, wait=params.wait)
+        changed = await self._manager.guests.start(params.name, call.actor, wait=params.wait)
         return self._verb(params.name, changed=changed)
 
     async def guest_stop(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
         """Ask a guest to power off; with force, pull the plug when it does not obey in time"""
         timeout_s = params.timeout_s
-        changed = await self._manager.stop(params.name, call.actor, timeout_s=timeout_s, force=params.force)
+        changed = await self._manager.guests.stop(params.name, call.actor, timeout_s=timeout_s, force=params.force)
         return self._verb(params.name, changed=changed)
 
     async def guest_kill(self, params: results.GuestVerbParams, call: Call) -> results.GuestVerbResult:
         """Pull the plug of a guest"""
-        changed = await self._manager.kill(params.name, call.actor)
+        changed = await self._manager.guests.kill(params.name, call.actor)
         return self._verb(params.name, changed=changed)
 
     async def guest_reboot(self, params: results.GuestVerbParams, _call: Call) -> results.GuestVerbResult:
         """Ask a guest to reboot itself, in the same QEMU"""
-        await self._manager.known(params.name).reboot()
+        await self._manager.guests.known(params.name).reboot()
         return self._verb(params.name, changed=True)
 
     async def guest_reset(self, params: results.GuestVerbParams, _call: Call) -> results.GuestVerbResult:
         """Press a guest's reset button"""
-        await self._manager.known(params.name).reset()
+        await self._manager.guests.known(params.name).reset()
         return self._verb(params.name, changed=True)
 
     def _verb(self, name: str, *, changed: bool) -> results.GuestVerbResult:
-        return results.GuestVerbResult(name=name, state=self._manager.known(name).state.value, changed=changed)
+        return results.GuestVerbResult(name=name, state=self._manager.guests.known(name).state.value, changed=changed)
 
     def _listed(self) -> list[Supervisor]:
         declared = self._manager.services.loaded.desired.guests
-        found = (s for s in self._manager.supervisors.values() if s.name in declared or s.state in ALIVE)
+        found = (s for s in self._manager.guests.supervisors.values() if s.name in declared or s.state in ALIVE)
         return sorted(found, key=lambda supervisor: supervisor.name)
 
     def _summary(self, supervisor: Supervisor, wanted: WantedState | None) -> results.GuestSummary:
@@ -172,13 +172,13 @@ class Methods:
             balloon_bytes=status.balloon_bytes,
             wanted=wanted,
             since=status.since or None,
-            pending=self._manager.pending(supervisor),
+            pending=self._manager.guests.pending(supervisor),
             stale=name in services.loaded.desired.stale,
             observed_at=status.observed_at,
         )
 
     def _placement(self, supervisor: Supervisor) -> results.PlacementShape | None:
-        running = self._manager.running(supervisor)
+        running = self._manager.guests.running(supervisor)
         if running is None or not running.affinity:
             return None
         return results.PlacementShape(vcpus=running.affinity, emulator=running.emulator)
@@ -187,7 +187,7 @@ class Methods:
 
     async def host_plan(self, _params: NoParams, _call: Call) -> results.Plan:
         """What apply would do now, with the reason of each action and whom it disturbs"""
-        loaded = await self._manager.refresh()
+        loaded = await self._manager.guests.refresh()
         plan = await self._manager.plan()
         return results.Plan(
             actions=tuple(_action(action) for action in plan.actions),
@@ -223,7 +223,7 @@ class Methods:
 
     async def tune_explain(self, params: results.ExplainParams, _call: Call) -> RawJson:
         """The agent's decisions about one guest, each with its reasons and what came of it"""
-        self._manager.known(params.name)
+        self._manager.guests.known(params.name)
         found = self._agent().explain(params.name, params.limit)
         return RawJson(results.Explained.model_validate(found, strict=False).model_dump_json().encode())
 

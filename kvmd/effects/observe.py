@@ -1,0 +1,41 @@
+"""The whole host read once: what `plan` is made from. Reading only; nothing is judged or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmd.config.desired import Desired
+from kvmd.effects import nft
+from kvmd.effects.dnsmasq import Dnsmasqs
+from kvmd.effects.netlink import Netlink
+from kvmd.effects.records import EffectKind, JournalEntry
+from kvmd.effects.sysfs import HostTree
+from kvmd.facts import Facts
+from kvmd.plan import network
+from kvmd.plan.ksm import KNOBS
+
+
+@dataclass(frozen=True, slots=True)
+class HostObserver:
+    """Everything of the host that a plan may need."""
+
+    tree: HostTree
+    netlink: Netlink
+    dnsmasqs: Dnsmasqs
+
+    async def observe(self, desired: Desired, journal: Sequence[JournalEntry]) -> Facts:
+        """The facts about the host, without its guests. `journal`: effects of ours in this boot, looked at even when
+        no file asks for them any more. HostFailed."""
+        knobs = {*KNOBS, *network.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
+        with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
+        return Facts(
+            boot_id=self.tree.boot_id(),
+            cpus=self.tree.observe_cpus(),
+            memory=self.tree.observe_memory(),
+            hugepages=self.tree.observe_hugepages(),
+            knobs=self.tree.observe_knobs(knobs),
+            links=await self.netlink.observe_links() if with_networks else (),
+            nft=await nft.observe() if with_networks else None,
+            dnsmasq=self.dnsmasqs.observe(),
+        )

@@ -1,0 +1,239 @@
+"""All guests: their files, their supervisors, what was last asked of each, and what a pass has to know of them.
+
+Starting or killing one guest never waits for another, nor for a pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from kvmd.config.desired import Loaded
+from kvmd.config.files import fingerprint
+from kvmd.config.guest import Guest
+from kvmd.config.load import load, save_last_good
+from kvmd.effects import process
+from kvmd.errors import KvmdError, NotFound, Refused
+from kvmd.facts import CpuTopology, Facts, GuestLife, RunningGuest
+from kvmd.guest.lifecycle import ALIVE, Cause, State
+from kvmd.guest.pending import pending_changes
+from kvmd.guest.services import Services, started_memory
+from kvmd.guest.supervisor import Supervisor
+from kvmd.plan import cpus
+from kvmd.plan.host import admit
+
+_log = logging.getLogger(__name__)
+BOOT_META = "boot_id"
+ADOPT_PATIENCE_S = 2.0  # a hundred guests that answer take a quarter of it
+
+
+class Roster:
+    """The supervisors of all guests, and the files that declare them."""
+
+    def __init__(
+        self, services: Services, spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    ) -> None:
+        self.services = services
+        self.supervisors: dict[str, Supervisor] = {}
+        self.version = 0  # grows with every change of any guest's status: the key of cached answers
+        self.topology: CpuTopology = services.tree.observe_cpus()  # as of the last pass
+        self._spawn = spawn
+        self._fingerprint: object = None
+        self._pending: dict[str, tuple[Guest, str, tuple[str, ...]]] = {}
+        services.admit = self._admit
+        services.place = self._place
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    def load_changes(self) -> Loaded:
+        """Read the files if any of them was written, added or removed since; what they say now."""
+        return self.load() if fingerprint(self.services.paths.config) != self._fingerprint else self.services.loaded
+
+    def load(self) -> Loaded:
+        """Read the files again; what was good before stands in for what is not good now."""
+        paths = self.services.paths
+        self._fingerprint = fingerprint(paths.config)
+        loaded = load(paths.config, last_good_dir=paths.last_good, require_root_owner=True)
+        save_last_good(loaded, paths.last_good)
+        if loaded.faults != self.services.loaded.faults:
+            for fault in loaded.faults:
+                _log.log(logging.ERROR if fault.severity == "error" else logging.WARNING, "%s", fault)
+        self.services.loaded = loaded
+        for name in loaded.desired.guests:
+            self.supervisor(name)
+        self.touch("")
+        return loaded
+
+    async def refresh(self) -> Loaded:
+        """Read the files and give every declared guest its identity, so that networks know all MACs beforehand."""
+        loaded = self.load_changes()
+        for name in loaded.desired.guests:
+            await asyncio.sleep(0)  # clients are answered meanwhile
+            try:
+                await self.services.identify(name)
+            except KvmdError as error:
+                _log.warning("guest %s has no identity yet: %s", name, error)
+        return loaded
+
+    # ---- guests -------------------------------------------------------------------------------------------------
+
+    def supervisor(self, name: str) -> Supervisor:
+        """The guest's supervisor, made at first sight."""
+        if name not in self.supervisors:
+            self.supervisors[name] = Supervisor(name, self.services, self._spawn, self.touch)
+        return self.supervisors[name]
+
+    def known(self, name: str) -> Supervisor:
+        """The supervisor of a guest that is declared or alive. NotFound with the nearest name."""
+        found = self.supervisors.get(name)
+        if found and (name in self.services.loaded.desired.guests or found.state in ALIVE):
+            return found
+        near = self._near(name)
+        if near is None:
+            self.services.declared(name)  # a file that was never without fault has more to say
+        raise NotFound(f"no guest is called {name}", hint=f"did you mean {near}?" if near else "kvmd-cli list")
+
+    def _near(self, name: str) -> str | None:
+        close = difflib.get_close_matches(name, self.services.loaded.desired.guests, n=1)
+        return close[0] if close else None
+
+    async def start(self, name: str, actor: str, *, wait: bool = True) -> bool:
+        """Someone wants the guest running. False when it was."""
+        self.load_changes()
+        self.services.declared(name)
+        supervisor = self.known(name)
+        self.services.want(name, "running", actor=actor, reason="start")
+        self.services.store.clear_crashes(name)
+        return await supervisor.start(actor, wait=wait)
+
+    async def stop(self, name: str, actor: str, *, timeout_s: float | None = None, force: bool = False) -> bool:
+        """Someone wants the guest off. TimedOut leaves it running, and wanted running again."""
+        supervisor = self.known(name)
+        guest = self.services.guest(name)
+        if guest and "stop" in guest.guest.protect:
+            raise Refused(f"guest {name} is protected from stop", hint="guest.protect in its file")
+        patience_s = timeout_s if timeout_s is not None else float(guest.stop.timeout) if guest else 180.0
+        self.services.want(name, "stopped", actor=actor, reason="stop")
+        try:
+            return await supervisor.stop(actor, patience_s, force=force)
+        except KvmdError:
+            if supervisor.state in ALIVE:
+                self.services.want(name, "running", actor=actor, reason="it did not obey a stop")
+            raise
+
+    async def kill(self, name: str, actor: str) -> bool:
+        """The plug. Nothing is asked of QEMU or the guest."""
+        supervisor = self.known(name)
+        self.services.want(name, "stopped", actor=actor, reason="kill")
+        return await supervisor.kill(actor)
+
+    async def recover(self) -> None:
+        """Adopt every guest that runs, end the records of those that do not, forget other boots.
+
+        A guest whose monitor is silent keeps nobody waiting beyond ADOPT_PATIENCE_S; it is adopted when it answers.
+        """
+        store, tree = self.services.store, self.services.tree
+        boot_id = tree.boot_id()
+        if store.meta(BOOT_META) != boot_id:
+            self._new_boot(boot_id)
+        runs = [run for run in store.runs() if run.boot_id == boot_id]
+        adoptions = [self._spawn(self.supervisor(run.name).adopt(run), f"adopt-{run.name}") for run in runs]
+        if adoptions:
+            await asyncio.wait(adoptions, timeout=ADOPT_PATIENCE_S)
+
+    async def learn(self) -> None:
+        """The threads of all adopted guests; from then on guests may be started and placed beside them."""
+        await asyncio.gather(*(supervisor.learn() for supervisor in self.supervisors.values()))
+        self.services.settled.set()
+
+    def _new_boot(self, boot_id: str) -> None:
+        """Nothing of an earlier boot is alive; what shall run is what the files and links say."""
+        store, units = self.services.store, self.services.units
+        for run in store.runs():
+            store.end_run(run.name, Cause.HOST_SHUTDOWN, "the host went down", self.services.now())
+        store.drop_other_boots(boot_id)
+        for name, guest in self.services.loaded.desired.guests.items():
+            auto = guest.start.auto if guest.start.auto is not None else bool(units and units.enabled(name))
+            self.services.want(name, "running" if auto else "stopped", actor="boot", reason="start.auto")
+        store.set_meta(BOOT_META, boot_id)
+
+    def let_go(self) -> None:
+        """kvmd ends: stop watching and waiting. Guests go on."""
+        for supervisor in self.supervisors.values():
+            supervisor.let_go()
+
+    def touch(self, _name: str) -> None:
+        """Something about a guest changed: cached answers are stale."""
+        self.version += 1
+
+    # ---- what supervisors ask -----------------------------------------------------------------------------------
+
+    def _admit(self, name: str) -> None:
+        """Refused when the guest does not fit beside those that are alive."""
+        tree = self.services.tree
+        ours = frozenset(s.status.process.pid for s in self.supervisors.values() if s.status.process)
+        lives = tuple(GuestLife(s.name, alive=s.state in ALIVE, wanted=True) for s in self.supervisors.values())
+        facts = Facts(memory=tree.observe_memory(), lives=lives, foreign_qemu_bytes=tree.foreign_qemu(ours))
+        problem = admit(name, self.services.loaded.desired, facts)
+        if problem:
+            raise Refused(problem.message, hint=problem.hint)
+
+    def _place(self, name: str) -> cpus.Placement | None:
+        """Where the guest's threads go. Refused when there is no room."""
+        alive = {supervisor.name for supervisor in self.supervisors.values() if supervisor.state in ALIVE}
+        threads = {s.name: s.vcpu_threads for s in self.supervisors.values() if s.state in ALIVE and s.vcpu_threads}
+        taken = {other: tuple(process.affinity(tid) for tid in tids) for other, tids in threads.items()}
+        return cpus.place_guest(name, self.services.loaded.desired, self.topology, alive, taken=taken)
+
+    # ---- facts about guests -------------------------------------------------------------------------------------
+
+    def lives(self) -> tuple[GuestLife, ...]:
+        return tuple(self._life(supervisor) for supervisor in self.supervisors.values())
+
+    def all_running(self) -> tuple[RunningGuest, ...]:
+        found = (self.running(supervisor) for supervisor in self.supervisors.values())
+        return tuple(running for running in found if running is not None)
+
+    def _life(self, supervisor: Supervisor) -> GuestLife:
+        store, name = self.services.store, supervisor.name
+        alive = supervisor.state in ALIVE
+        guest = self.services.guest(name)
+        wanted = store.wanted(name)
+        shall = wanted.state == "running" if wanted else bool(guest and guest.start.auto)
+        held = next((hold.reason or "held" for hold in store.holds() if hold.guest == name), None)
+        if supervisor.state is State.FAILED and supervisor.status.life.cause is not Cause.START_FAILED:
+            held = held or supervisor.status.life.reason
+        pending = self.pending(supervisor) if alive else ()
+        settling = supervisor.state in (State.STARTING, State.STOPPING)
+        return GuestLife(name, alive=alive, wanted=shall, held=held, pending=pending, settling=settling)
+
+    def running(self, supervisor: Supervisor) -> RunningGuest | None:
+        record, found = supervisor.record, supervisor.status.process
+        if record is None or found is None or supervisor.state not in ALIVE:
+            return None
+        memory = started_memory(record)
+        page = memory.get("page_size") or (2 << 20)
+        threads = supervisor.vcpu_threads
+        return RunningGuest(
+            name=supervisor.name,
+            uuid=record.uuid,
+            process=found,
+            memory_bytes=int(memory.get("size", 0)),
+            page_bytes=int(page) if memory.get("backing") == "hugepages" else None,
+            vcpu_threads=threads,
+            affinity=tuple(str(process.affinity(tid)) for tid in threads),
+            emulator=str(process.affinity(found.pid)),
+        )
+
+    def pending(self, supervisor: Supervisor) -> tuple[str, ...]:
+        """Keys of the guest's file that wait for a new QEMU; compared once for each run and each reading of files."""
+        run, guest = supervisor.record, self.services.guest(supervisor.name)
+        if run is None or guest is None:
+            return ()
+        known = self._pending.get(supervisor.name)
+        if known is None or known[0] is not guest or known[1] != run.config_text:
+            known = self._pending[supervisor.name] = guest, run.config_text, pending_changes(run, guest)
+        return known[2]
