@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,9 @@ LAST_FOLLOWED = 10
 def events(session: Session, parsed: Parsed) -> int:
     """Print events; ends with the newest one there was at the start, or never with -f."""
     follow = parsed.on("--follow")
+    if follow:
+        # Python's own handler only takes a note: a Ctrl-C just before the read would wait for the next event.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     guest = parsed.word("NAME") or None
     since, after = _since(parsed.text("--since"))
     with session.client() as client:

@@ -60,7 +60,7 @@ class Backoff:
         if self._failures < 2:
             return 0.0
         pause = min(self.ceiling_s, self.first_s * 2.0 ** min(self._failures - 2, 30))
-        return max(0.0, self._last + pause - now)
+        return max(0.0, pause - (now - self._last))  # in this order 60 s stay 60 s whatever the clock says
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
   environment that silently lost a tool must not look green.
 - Tests marked `long` are left out unless KVMD_TEST_LONG=1 (`scripts/test --long`), which also gives hypothesis its
   long profile: 1000 examples instead of 100 (KVMD_TEST_EXAMPLES sets another number; scripts/check takes a quarter).
-  No deadline per example: the machines are shared and slow.
+  No deadline per example: the machines are shared and slow. Strict runs take the same examples each time, so that a
+  change is judged by what it changed; `--long` and everybody's own runs search on.
 - `system`, `systemd` and `lab` are set from the directory, so `-m "not lab"` needs no decorator in each file.
 
 Loaded by `-p tests.rig.strict` in the scripts, or by `pytest_plugins = ["tests.rig.strict"]` in tests/conftest.py.
@@ -20,10 +21,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+KVM_IS_REAL = "this machine has a KVM that runs Linux: the lab starts guests under one"
+
 # Each reason is a property of the machine that no set-up script can change, and says where the thing is tested then.
 ALLOWED: tuple[re.Pattern[str], ...] = (
     re.compile(r"no /dev/kvm here: the lab runs this"),
     re.compile(r"this /dev/kvm cannot boot Linux: the lab runs this"),
+    re.compile(re.escape(KVM_IS_REAL)),
     re.compile(r"this kernel has no 1 GiB pages: the lab runs this"),
     re.compile(r"this kernel has no KSM"),
     re.compile(r"cgroup v2 is not in charge here: the lab runs this"),
@@ -42,7 +46,7 @@ def allowed(reason: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile; a test's own @settings still wins."""
     examples = int(os.environ.get("KVMD_TEST_EXAMPLES", "100"))
-    hypothesis.settings.register_profile("quick", max_examples=examples, deadline=None)
+    hypothesis.settings.register_profile("quick", max_examples=examples, deadline=None, derandomize=STRICT)
     hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
     hypothesis.settings.load_profile("long" if LONG else "quick")
 

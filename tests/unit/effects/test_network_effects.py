@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmd.actions import EnsureBridge, RemoveBridge, ReplaceRuleset, StartDnsmasq, StopDnsmasq
@@ -214,6 +214,7 @@ def test_backoff_is_at_once_then_doubles_up_to_a_minute_and_forgets() -> None:
     assert backoff.failed(now + 301) == 0.0
 
 
+@example([0.0, 0.0, 0.0, 0.0, 66.0, 299.5339766459658, 299.94008571841664, 299.09246228666905])
 @given(st.lists(st.floats(0, 1000), max_size=30))
 def test_backoff_never_waits_longer_than_its_ceiling(steps: list[float]) -> None:
     backoff, now = Backoff(), 0.0
