@@ -31,11 +31,10 @@ def console(session: Session, parsed: Parsed) -> int:
     name, port = parsed.word("NAME"), parsed.text("--serial") or "console"
     if "/" in name or "/" in port:
         raise NotFound(f"no guest is called {name}" if "/" in name else f"no serial port is called {port}")
-    with _connect(f"{session.run_dir}/guests/{name}", name, port) as sock:
-        with _raw(sys.stdin.fileno()):
-            if session.interactive():  # raw by now: what is typed on seeing this reaches the guest
-                session.say(f"Connected to {name}; ^] leaves.\r")
-            ended = carry(sock, sys.stdin.fileno(), sys.stdout.fileno())
+    with _connect(f"{session.run_dir}/guests/{name}", name, port) as sock, _raw(sys.stdin.fileno()):
+        if session.interactive():  # raw by now: what is typed on seeing this reaches the guest
+            session.say(f"Connected to {name}; ^] leaves.\r")
+        ended = carry(sock, sys.stdin.fileno(), sys.stdout.fileno())
     if session.interactive():
         session.say(f"\n{ended}.")
     return 0
