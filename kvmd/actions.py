@@ -149,10 +149,14 @@ class PinGuest(Action):
     guest: str
     vcpus: tuple[str, ...]  # CPU list per vCPU
     emulator: str  # CPU list for every other thread
-    old: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()  # of the vCPUs
+    strays: tuple[str, ...] = ()  # other threads that may run elsewhere: "vhost-4711 on 0-7"
 
     def line(self) -> str:
-        return f"~ guest {self.guest}: vCPUs on {' '.join(self.old) or 'any'} -> {' '.join(self.vcpus)}"
+        if self.old != self.vcpus:
+            return f"~ guest {self.guest}: vCPUs on {' '.join(self.old) or 'any'} -> {' '.join(self.vcpus)}"
+        shown = ", ".join(self.strays[:3]) + (f" and {len(self.strays) - 3} more" if len(self.strays) > 3 else "")
+        return f"~ guest {self.guest}: {shown} -> {self.emulator}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,9 @@ class CpuTopology:
     isolated: CpuSet = NO_CPUS
     nohz_full: CpuSet = NO_CPUS
     allowed: CpuSet = NO_CPUS  # what this process may use (its cpuset)
-    distances: tuple[tuple[int, ...], ...] = ()  # distances[i][j] of the i-th and j-th node in node order
+    offline: CpuSet = NO_CPUS  # present and switched off
+    nodes: tuple[int, ...] = ()  # every NUMA node, ascending, those without CPUs too
+    distances: tuple[tuple[int, ...], ...] = ()  # distances[i][j] of nodes[i] and nodes[j]; () when not told
 
     @property
     def online(self) -> CpuSet:
@@ -113,6 +115,15 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread of a guest that is no vCPU: QEMU's own, or a kernel thread that works for it."""
+
+    tid: int
+    name: str  # "qemu-system-x86", "IO iothread0", "vhost-4711", "kvm-pit/4711"
+    cpus: str  # CPU list it may run on now
+
+
+@dataclass(frozen=True, slots=True)
 class RunningGuest:
     """A QEMU that is provably ours."""
 
@@ -123,7 +134,13 @@ class RunningGuest:
     page_bytes: int | None = None  # hugepage size of its memory, None if not hugepage backed
     vcpu_threads: tuple[int, ...] = ()  # host thread ids, in vCPU order
     affinity: tuple[str, ...] = ()  # CPU list each vCPU thread may run on now, in vCPU order
-    emulator: str = ""  # CPU list of QEMU's main thread, "" when not looked at
+    others: tuple[Thread, ...] = ()  # every other thread, the main one first; () when not looked at
+    nodes: CpuSet | None = None  # cpu.nodes as it was started
+
+    @property
+    def emulator(self) -> str:
+        """CPU list of QEMU's main thread, "" when not looked at."""
+        return self.others[0].cpus if self.others else ""
 
 
 @dataclass(frozen=True, slots=True)

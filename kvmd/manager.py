@@ -23,7 +23,7 @@ from kvmd.actions import (
     WriteDropIn,
 )
 from kvmd.config.desired import Loaded
-from kvmd.effects import process
+from kvmd.effects import threads
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind
@@ -232,7 +232,7 @@ class Manager:
         if found is None:
             return
         sets = [CpuSet.parse(text) for text in action.vcpus]
-        process.pin(action.guest, found.pid, supervisor.vcpu_threads, sets, CpuSet.parse(action.emulator))
+        threads.pin(action.guest, found.pid, supervisor.vcpu_threads, sets, CpuSet.parse(action.emulator))
 
 
 def _pool_key(subject: str) -> tuple[int, int]:

@@ -91,6 +91,7 @@ _LOOKING = (
 
 _HOST = (
     Verb("host facts", "host", "the host as it is, read now", "kvmd.cli.host:facts"),
+    Verb("host cpus", "host", "who sits where: CPUs, their roles, guests' threads", "kvmd.cli.cpus:cpus"),
     Verb("host release", "host", "put the host back as it was before kvmd", "kvmd.cli.host:release", changes=True),
     Verb("tune status", "host", "the tuning agent's present picture", "kvmd.cli.tune:status"),
     Verb("tune explain", "host", "the agent's decisions about a guest, with reasons", "kvmd.cli.tune:explain",
@@ -113,7 +114,7 @@ ALIASES = {"shutdown": "stop", "destroy": "kill", "dominfo": "show", "nodeinfo":
 LATER = frozenset({
     "health", "suspend", "resume", "save", "enable", "disable", "hold", "unhold", "wait", "delete", "clone",
     "rename", "release", "why", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
-    "backup", "restore", "import", "export", "network", "capabilities", "job", "db", "host cpus", "host hugepages",
+    "backup", "restore", "import", "export", "network", "capabilities", "job", "db", "host hugepages",
     "host drain", "host undrain", "tune advise", "tune record", "tune replay", "tune simulate",
 })  # fmt: skip
 

@@ -39,6 +39,7 @@ from kvmd.config.scalars import (
     DurationT,
     Emulator,
     GuestName,
+    NodeSetT,
     Path,
     PositiveSize,
     Principal,
@@ -215,7 +216,13 @@ class Cpu(Table):
     emulator: CpuSetT | None = key(
         None, "CPUs of QEMU's other threads; absent: housekeeping.", mark="~", example='"0-1"'
     )
-    nodes: None = later("CPU set", "NUMA nodes the vCPUs stay on.", mark="!")
+    nodes: NodeSetT | None = key(
+        None,
+        "NUMA nodes the vCPUs stay on, and with them the memory.",
+        mark="!",
+        classic="numactl --cpunodebind=",
+        example='"0"',
+    )
     allow_overcommit: bool = key(False, "More vCPUs than the host has CPUs: a warning instead of a refusal.")
     weight: None = later("number", "Use limits.cpu_weight.", mark="~")
     quota: None = later("percentage", "Upper bound of CPU time.", mark="~")

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, PlainValidator
 
 from kvmd.config.key import Kind, Table, key, later, named_tables, optional_table, quote, table
 from kvmd.config.scalars import (
+    MAX_NODE,
     AutoCpuSet,
     AutoSize,
     DurationT,
@@ -28,7 +29,6 @@ PAGE_SIZES: Mapping[str, Size] = {
     text: Size.parse(text) for text in ("64KiB", "1MiB", "2MiB", "16MiB", "32MiB", "512MiB", "1GiB", "16GiB")
 }
 _MAX_PAGES = 1 << 40
-_MAX_NODE = 1023  # CONFIG_NODES_SHIFT is at most 10
 
 
 def _page_size(text: str) -> str:
@@ -54,7 +54,7 @@ def _pages(value: object) -> object:
         raise ValueError("is an empty table; write for example { node0 = 512, node1 = 512 }")
     for node in value:
         number = node.removeprefix("node") if isinstance(node, str) and node.startswith("node") else ""
-        if not (number.isascii() and number.isdigit() and str(int(number)) == number and int(number) <= _MAX_NODE):
+        if not (number.isascii() and number.isdigit() and str(int(number)) == number and int(number) <= MAX_NODE):
             raise ValueError(f"{quote(node)} is not a node: write for example node0")
     return {node: _one_count(count) for node, count in value.items()}
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from kvmd.config.key import Kind, quote
 from kvmd.units import CpuSet, Duration, Percent, Size
@@ -31,6 +31,7 @@ _QEMU_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _PRINCIPAL = re.compile(r"@?[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOSTFWD = re.compile(r"(tcp|udp):([0-9.]*):(\d{1,5})-([0-9.]*):(\d{1,5})")
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+MAX_NODE = 1023  # CONFIG_NODES_SHIFT is at most 10
 _MAX_UID = (1 << 32) - 2  # (uid_t)-1 means "no change" to chown and setresuid
 
 
@@ -94,6 +95,19 @@ def _cpus(value: object) -> CpuSet:
     found = CpuSet.parse(_text(value, "a CPU set", '"0-3,8"'))
     if not found:
         raise ValueError('is an empty CPU set; write for example "0-3,8", or leave the key out')
+    return found
+
+
+def _nodes(value: object) -> CpuSet:
+    if isinstance(value, CpuSet):
+        return value
+    text = _text(value, "a set of NUMA nodes", '"0-1"')
+    try:
+        found = CpuSet.parse(text)
+    except ValueError:
+        found = CpuSet()
+    if not found or max(found) > MAX_NODE:
+        raise ValueError(f'{quote(text)} is not a set of NUMA nodes: write for example "0" or "0-1"')
     return found
 
 
@@ -308,7 +322,9 @@ SizeT = Annotated[Size, PlainValidator(_size), Kind("size", '"8GiB"')]
 PositiveSize = Annotated[Size, PlainValidator(_size), AfterValidator(_positive), Kind("size", '"8GiB"')]
 DurationT = Annotated[Duration, PlainValidator(_duration), Kind("duration", '"3min"')]
 PercentT = Annotated[Percent, PlainValidator(_percent), Kind("percentage", '"10%"')]
-CpuSetT = Annotated[CpuSet, PlainValidator(_cpus), Kind("CPU set", '"0-3,8"')]
+_AS_LIST = PlainSerializer(str, when_used="json")  # a set has no order, and records are compared as text
+CpuSetT = Annotated[CpuSet, PlainValidator(_cpus), _AS_LIST, Kind("CPU set", '"0-3,8"')]
+NodeSetT = Annotated[CpuSet, PlainValidator(_nodes), _AS_LIST, Kind("node set", '"0-1"')]
 Number = Annotated[float, PlainValidator(_number), Kind("number", "4.0")]
 
 AutoSize = Annotated[Size | Literal["auto"], PlainValidator(_or_auto(_size, "auto")), Kind('size or "auto"', '"4GiB"')]

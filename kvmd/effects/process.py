@@ -1,4 +1,4 @@
-"""Processes: proof of identity, pidfds, affinities, last words. The only way kvmd ends a process is here.
+"""Processes: proof of identity, pidfds, last words. The only way kvmd ends a process is here.
 
 A pid alone proves nothing: every record is (pid, start time, boot), every wait and every signal goes through a pidfd
 that was opened *before* the identity was checked, so a recycled pid can never be hit.
@@ -13,14 +13,12 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from kvmd.effects.proc import observe_process, observe_threads
+from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed
 from kvmd.facts import Process
-from kvmd.units import CpuSet
 
 LAST_WORDS_BYTES = 4096
 _TREE = Tree()
@@ -113,31 +111,6 @@ def spawn_launcher(run_dir: Path, guest: str, output_fd: int) -> Process:
     if process is None:
         raise HostFailed(f"guest {guest}: the launcher ended at once")
     return process
-
-
-def affinity(tid: int) -> CpuSet:
-    """CPUs a thread may run on; empty when it is gone."""
-    try:
-        return CpuSet(os.sched_getaffinity(tid))
-    except OSError:
-        return CpuSet()
-
-
-def pin(guest: str, pid: int, vcpu_tids: Iterable[int], vcpus: Iterable[CpuSet], emulator: CpuSet) -> None:
-    """Put each vCPU thread on its CPUs and all other threads of the process on `emulator`; verified.
-
-    Threads that QEMU makes later inherit the mask of the main thread, which is `emulator`. Raises HostFailed.
-    """
-    wanted = dict.fromkeys(observe_threads(_TREE, pid), emulator) | dict(zip(vcpu_tids, vcpus, strict=True))
-    for tid, cpus in wanted.items():
-        try:
-            os.sched_setaffinity(tid, cpus)
-        except ProcessLookupError:
-            continue  # a worker thread that has ended
-        except OSError as error:
-            raise HostFailed(f"guest {guest}: cannot pin thread {tid} to CPUs {cpus}: {error.strerror}") from None
-        if affinity(tid) not in (cpus, CpuSet()):
-            raise HostFailed(f"guest {guest}: thread {tid} was to run on {cpus}, the kernel gave {affinity(tid)}")
 
 
 def limit_core(pid: int) -> None:

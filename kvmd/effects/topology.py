@@ -32,6 +32,8 @@ def observe_topology(tree: Tree) -> CpuTopology:
         isolated=CpuSet(isolated & online),
         nohz_full=CpuSet((tree.cpus(f"{CPU}/nohz_full") or CpuSet()) & online),
         allowed=CpuSet(_allowed(tree, isolated, online) & online),
+        offline=CpuSet((tree.cpus(f"{CPU}/present") or CpuSet()) - online),
+        nodes=tuple(nodes),
         distances=_distances(tree, nodes),
     )
 

@@ -15,15 +15,16 @@ from kvmd.config.desired import Loaded
 from kvmd.config.files import fingerprint
 from kvmd.config.guest import Guest
 from kvmd.config.load import load, save_last_good
-from kvmd.effects import process
+from kvmd.effects import threads
 from kvmd.errors import KvmdError, NotFound, Refused
 from kvmd.facts import CpuTopology, Facts, GuestLife, RunningGuest
 from kvmd.guest.lifecycle import ALIVE, Cause, State
 from kvmd.guest.pending import pending_changes
-from kvmd.guest.services import Services, started_memory
+from kvmd.guest.services import Services, started_memory, started_nodes
 from kvmd.guest.supervisor import Supervisor
 from kvmd.plan import cpus
 from kvmd.plan.host import admit
+from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
 BOOT_META = "boot_id"
@@ -43,6 +44,7 @@ class Roster:
         self._spawn = spawn
         self._fingerprint: object = None
         self._pending: dict[str, tuple[Guest, str, tuple[str, ...]]] = {}
+        self._kept: dict[str, tuple[CpuSet, ...]] = {}  # CPUs promised to a guest's vCPUs by its present start
         services.admit = self._admit
         services.place = self._place
 
@@ -165,8 +167,10 @@ class Roster:
         for supervisor in self.supervisors.values():
             supervisor.let_go()
 
-    def touch(self, _name: str) -> None:
-        """Something about a guest changed: cached answers are stale."""
+    def touch(self, name: str) -> None:
+        """Something about a guest changed: cached answers are stale, and the promise of a start that is over ends."""
+        if name in self._kept and self.supervisors[name].state is not State.STARTING:
+            del self._kept[name]
         self.version += 1
 
     # ---- what supervisors ask -----------------------------------------------------------------------------------
@@ -182,11 +186,31 @@ class Roster:
             raise Refused(problem.message, hint=problem.hint)
 
     def _place(self, name: str) -> cpus.Placement | None:
-        """Where the guest's threads go. Refused when there is no room."""
-        alive = {supervisor.name for supervisor in self.supervisors.values() if supervisor.state in ALIVE}
-        threads = {s.name: s.vcpu_threads for s in self.supervisors.values() if s.state in ALIVE and s.vcpu_threads}
-        taken = {other: tuple(process.affinity(tid) for tid in tids) for other, tids in threads.items()}
-        return cpus.place_guest(name, self.services.loaded.desired, self.topology, alive, taken=taken)
+        """Where the guest's threads go, kept for it while it starts. Refused when there is no room."""
+        alive = {s.name: s for s in self.supervisors.values() if s.state in ALIVE}
+        guest = self.services.guest(name)
+        tree = self.services.tree
+        found = cpus.place_guest(
+            name,
+            self.services.loaded.desired,
+            self.topology,
+            alive,
+            taken={other: has for other, s in alive.items() if (has := self._has(s))},
+            nodes={other: started_nodes(s.record) for other, s in alive.items() if s.record and s.vcpu_threads},
+            roomy=cpus.roomy_nodes(guest, tree.observe_memory(), tree.observe_hugepages()) if guest else (),
+        )
+        if found:
+            self._kept[name] = found.vcpus
+        return found
+
+    def _has(self, supervisor: Supervisor) -> tuple[CpuSet, ...]:
+        """CPUs of a live guest's vCPUs: as they are, as they will be when its start is through, () if unknown."""
+        if supervisor.vcpu_threads:
+            return tuple(threads.affinity(tid) for tid in supervisor.vcpu_threads)
+        if supervisor.state is State.STARTING:
+            return self._kept.get(supervisor.name, ())
+        process = supervisor.status.process
+        return threads.vcpu_affinities(process.pid) if process else ()
 
     # ---- facts about guests -------------------------------------------------------------------------------------
 
@@ -194,7 +218,9 @@ class Roster:
         return tuple(self._life(supervisor) for supervisor in self.supervisors.values())
 
     def all_running(self) -> tuple[RunningGuest, ...]:
-        found = (self.running(supervisor) for supervisor in self.supervisors.values())
+        alive = [supervisor for supervisor in self.supervisors.values() if supervisor.state in ALIVE]
+        workers = threads.kernel_workers(self.services.tree) if alive else {}
+        found = (self.running(supervisor, workers) for supervisor in alive)
         return tuple(running for running in found if running is not None)
 
     def _life(self, supervisor: Supervisor) -> GuestLife:
@@ -210,22 +236,26 @@ class Roster:
         settling = supervisor.state in (State.STARTING, State.STOPPING)
         return GuestLife(name, alive=alive, wanted=shall, held=held, pending=pending, settling=settling)
 
-    def running(self, supervisor: Supervisor) -> RunningGuest | None:
+    def running(self, supervisor: Supervisor, workers: threads.Workers | None = None) -> RunningGuest | None:
+        """A live guest with all its threads; `workers`: the kernel's threads, when they were listed already."""
         record, found = supervisor.record, supervisor.status.process
         if record is None or found is None or supervisor.state not in ALIVE:
             return None
         memory = started_memory(record)
         page = memory.get("page_size") or (2 << 20)
-        threads = supervisor.vcpu_threads
+        vcpus = supervisor.vcpu_threads
+        if workers is None:
+            workers = threads.kernel_workers(self.services.tree) if vcpus else {}
         return RunningGuest(
             name=supervisor.name,
             uuid=record.uuid,
             process=found,
             memory_bytes=int(memory.get("size", 0)),
             page_bytes=int(page) if memory.get("backing") == "hugepages" else None,
-            vcpu_threads=threads,
-            affinity=tuple(str(process.affinity(tid)) for tid in threads),
-            emulator=str(process.affinity(found.pid)),
+            vcpu_threads=vcpus,
+            affinity=tuple(str(threads.affinity(tid)) for tid in vcpus),
+            others=threads.observe_others(found.pid, vcpus, workers) if vcpus else (),
+            nodes=started_nodes(record),
         )
 
     def pending(self, supervisor: Supervisor) -> tuple[str, ...]:

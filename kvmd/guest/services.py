@@ -25,7 +25,7 @@ from typing import Any
 from kvmd.config.desired import Desired, Loaded
 from kvmd.config.guest import Guest, Limits
 from kvmd.config.network import bridge_name
-from kvmd.effects import files, logs, process
+from kvmd.effects import files, logs, process, threads
 from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
 from kvmd.effects.handover import runs_as_unit
 from kvmd.effects.netlink import Netlink
@@ -35,6 +35,7 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
+from kvmd.effects.topology import NODE
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
 from kvmd.paths import Paths
@@ -45,6 +46,7 @@ from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
+from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
 Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
@@ -219,6 +221,7 @@ class Services:
             roots=[Path(root) for root in (*daemon.storage.roots, daemon.storage.images)],
             netlink=self.netlink,
         )
+        nodes, warnings = self._memory_nodes(decided)
         try:
             launch = argv.build(
                 name,
@@ -230,14 +233,14 @@ class Services:
                 images=opener.open_images(guest),
                 mtus={nic: tap.mtu for nic, tap in self._taps(name, decided).items()},
                 hugepages=self._pages_there(guest),
+                memory_nodes=nodes,
                 vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
                 sandbox=daemon.qemu.sandbox,
             )
             files.ensure_dir(opener.log_dir, 0o750)
             files.ensure_dir(opener.run_dir, 0o711)
             files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
-            if decided.warning:
-                launch = replace(launch, warnings=(decided.warning, *launch.warnings))
+            launch = replace(launch, warnings=(*warnings, *launch.warnings))
             return launch, await opener.open_all(launch.opens, self._taps(name, decided))
         except BaseException:
             opener.close()
@@ -258,6 +261,19 @@ class Services:
                 port_isolated=network.network.guests_isolated,
             )
         return taps
+
+    def _memory_nodes(self, decided: Decided) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Host nodes the guest's memory belongs on, beside its vCPUs (() on a host with one node); warnings."""
+        warnings = (decided.warning,) if decided.warning else ()
+        nodes = decided.placement.nodes if decided.placement else ()
+        if not nodes or len(self.tree.numbered(NODE, "node")) < 2:
+            return (), warnings
+        page, size = decided.guest.memory.hugepage_size, decided.guest.memory.size
+        pools = [pool for pool in self.tree.observe_hugepages() if pool.page_bytes == page and pool.node in nodes]
+        if page and sum(pool.free for pool in pools) * page < size:
+            shown = ", ".join(f"{pool.free} on node {pool.node}" for pool in pools)
+            return (), (f"its hugepages are not all beside its vCPUs: {shown}, {-(-size // page)} needed", *warnings)
+        return nodes, warnings
 
     def _pages_there(self, guest: Guest) -> bool:
         """Whether the pools have the guest's pages now; True for a guest that wants none."""
@@ -290,14 +306,14 @@ class Services:
         if launch:
             asks = verify.queries(launch)
             replies = dict(zip([ask.label for ask in asks], await _ask_all(monitor, asks), strict=True))
-            threads = vcpu_threads(replies["query-cpus-fast"])
+            vcpus = vcpu_threads(replies["query-cpus-fast"])
             found = verify.check_running(launch, replies)
             grave = [mismatch for mismatch in found if mismatch.severity == "refuse"]
             if grave:
                 raise QemuFailed(f"guest {name}: QEMU is not what was asked for: {grave[0]}")
             warnings += tuple(str(mismatch) for mismatch in found)
         else:
-            threads = vcpu_threads(await monitor.execute("query-cpus-fast"))
+            vcpus = vcpu_threads(await monitor.execute("query-cpus-fast"))
         pid = run.process.pid if run.process else 0
         process.limit_core(pid)
         placement = self.place(name)
@@ -305,8 +321,8 @@ class Services:
         if self.units is None and guest and guest.limits != Limits():
             warnings += ("limits.* are kept by systemd; this kvmd runs without it and keeps none",)
         if placement:
-            process.pin(name, pid, threads, placement.vcpus, placement.emulator)
-        return Born(threads, await self._balloon(monitor), warnings)
+            threads.pin(name, pid, vcpus, placement.vcpus, placement.emulator)
+        return Born(vcpus, await self._balloon(monitor), warnings)
 
     async def inspect(self, monitor: Monitor) -> Born:
         """What has to be known of a guest that runs already. QemuFailed, TimedOut, Unreachable."""
@@ -432,6 +448,12 @@ def started_config(run: GuestRun) -> Mapping[str, Any]:
 def started_memory(run: GuestRun) -> Mapping[str, Any]:
     """The [memory] table of `started_config`: looked at for every guest at every tick of the tuning agent."""
     return _memory_table(run.config_text)
+
+
+def started_nodes(run: GuestRun) -> CpuSet | None:
+    """cpu.nodes as it was when the guest was started."""
+    found = started_config(run).get("cpu", {}).get("nodes")
+    return CpuSet.parse(found) if isinstance(found, str) else None
 
 
 @functools.lru_cache(maxsize=512)

@@ -6,23 +6,28 @@ books: what is housekeeping, isolated, dedicated, kept empty beside an isolating
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvmd.actions import Problem
 from kvmd.config.guest import Guest
 from kvmd.config.host import HostCpu
-from kvmd.facts import CpuTopology
-from kvmd.plan.cores import Smt, best_set
+from kvmd.facts import EMPTY, CpuTopology
+from kvmd.plan.cores import Machine, Smt, best_set
 from kvmd.units import CpuSet
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a guest's threads may run: one CPU set per vCPU, one for all other threads."""
+    """Where a guest's threads may run: one CPU set per vCPU, one for all other threads.
+
+    `nodes` are the NUMA nodes its memory belongs on, ascending; () when it has no node of its own.
+    """
 
     vcpus: tuple[CpuSet, ...]
     emulator: CpuSet
+    nodes: tuple[int, ...] = ()
 
     @property
     def cpus(self) -> CpuSet:
@@ -41,12 +46,22 @@ class CpuWish:
     pin: tuple[int, ...] | None = None
     emulator: CpuSet | None = None
     allow_overcommit: bool = False
+    nodes: CpuSet | None = None  # NUMA nodes the vCPUs stay on
 
     @classmethod
     def of(cls, guest: Guest) -> CpuWish:
         """The wish in a guest's file."""
         cpu = guest.cpu
-        return cls(cpu.vcpus, cpu.placement, cpu.isolated, cpu.smt, cpu.pin, cpu.emulator, cpu.allow_overcommit)
+        return cls(
+            vcpus=cpu.vcpus,
+            placement=cpu.placement,
+            isolated=cpu.isolated,
+            smt=cpu.smt,
+            pin=cpu.pin,
+            emulator=cpu.emulator,
+            allow_overcommit=cpu.allow_overcommit,
+            nodes=cpu.nodes,
+        )
 
 
 def housekeeping_of(topology: CpuTopology, host: HostCpu) -> CpuSet:
@@ -82,16 +97,14 @@ def usable_cpus(topology: CpuTopology) -> CpuSet:
 class Assignment:
     """The CPUs as they are being given away."""
 
-    def __init__(self, topology: CpuTopology, host: HostCpu) -> None:
-        self.topology = topology
+    def __init__(self, topology: CpuTopology, host: HostCpu, roomy: Mapping[str, Collection[int]] = EMPTY) -> None:
+        """`roomy`: nodes on each of which a guest's whole memory would fit now."""
         self.host = host
+        self.roomy = roomy
         self.usable = usable_cpus(topology)
         self.isolated = CpuSet(topology.isolated & self.usable)
         self.housekeeping = housekeeping_of(topology, host)
-        self.siblings: dict[int, set[int]] = {}
-        for cpu in topology.cpus:
-            self.siblings.setdefault(cpu.core, set()).add(cpu.id)
-        self.core_of = {cpu.id: cpu.core for cpu in topology.cpus}
+        self.machine = Machine.of(topology)
         self.dedicated: set[int] = set()  # hold a vCPU of their own
         self.idle: set[int] = set()  # siblings that smt = "isolate" keeps empty
         self.emulators: set[int] = set()  # named by some guest's cpu.emulator
@@ -108,6 +121,14 @@ class Assignment:
             self.warn("cpu.housekeeping", f"CPUs {lost} are offline or not allowed; in use: {self.housekeeping}")
         if lost := CpuSet(wanted & self.isolated):
             self.warn("cpu.housekeeping", f"CPUs {lost} are isolated (isolcpus=) and stay out of it")
+        cores = {self.machine.by_id[cpu].core for cpu in self.housekeeping}
+        beside = {cpu for core in cores for cpu in self.machine.threads[core]}
+        if halves := CpuSet((beside & self.usable) - self.housekeeping - self.isolated):
+            self.warn(
+                "cpu.housekeeping",
+                f"CPUs {halves} share a core with it: the host's own work slows whoever runs there",
+                f'cpu.housekeeping = "{CpuSet(self.housekeeping | halves)}"',
+            )
 
     def warn(self, subject: str, message: str, hint: str | None = None) -> None:
         self.problems.append(Problem(subject, message, hint))
@@ -135,15 +156,32 @@ class Assignment:
         else:
             self.emulators |= wanted
 
+    def check_nodes(self, name: str, wish: CpuWish) -> None:
+        """cpu.nodes names nodes that have CPUs we may use."""
+        if wish.nodes is None:
+            return
+        able = CpuSet(node for node, cpus in self.machine.nodes.items() if cpus & self.usable)
+        if lost := CpuSet(wish.nodes - able):
+            self.refuse(
+                name,
+                f"cpu.nodes names nodes {lost}, which have no CPU that is online and allowed; those that have: {able}",
+            )
+
     def check_count(self, name: str, wish: CpuWish) -> None:
         """More vCPUs than CPUs in one guest make it slower than fewer would."""
-        if wish.vcpus <= len(self.usable):
+        reach = self._within(wish, self.usable)
+        if wish.vcpus <= len(reach) or name in self.refused:
             return
-        message = f"{name} has {wish.vcpus} vCPUs, this host has {len(self.usable)} CPUs"
+        where = "this host has" if wish.nodes is None else f"nodes {wish.nodes} (cpu.nodes) have"
+        message = f"{name} has {wish.vcpus} vCPUs, {where} {len(reach)} CPUs"
         if wish.allow_overcommit and wish.placement in ("none", "shared"):
             self.warn(f"guest {name}", message)
-        elif name not in self.refused:
-            self.refuse(name, message, f"cpu.vcpus = {len(self.usable)}, or cpu.allow_overcommit = true")
+        else:
+            self.refuse(name, message, f"cpu.vcpus = {len(reach)}, or cpu.allow_overcommit = true")
+
+    def _within(self, wish: CpuWish, cpus: CpuSet) -> CpuSet:
+        """Those of `cpus` that cpu.nodes leaves."""
+        return cpus if wish.nodes is None else CpuSet(cpus & self.machine.cpus_of(wish.nodes))
 
     def place_exclusive(self, name: str, wish: CpuWish, has: tuple[CpuSet, ...] | None) -> None:
         """Guests whose vCPUs get a CPU each."""
@@ -164,6 +202,13 @@ class Assignment:
         if outside := CpuSet(set(pins) - self.usable):
             self.refuse(name, f"cpu.pin names CPUs {outside}; online and allowed are {self.usable}")
             return
+        if strays := CpuSet(set(pins) - self._within(wish, self.usable)):
+            self.refuse(
+                name,
+                f"cpu.pin names CPUs {strays}, which are not on nodes {wish.nodes} (cpu.nodes)",
+                f"CPUs there: {self._within(wish, self.usable)}",
+            )
+            return
         if clash := CpuSet(set(pins) & self.dedicated):
             self.refuse(name, f"cpu.pin names CPUs {clash}, which another guest has to itself")
             return
@@ -180,18 +225,16 @@ class Assignment:
     def _dedicate(self, name: str, wish: CpuWish, cpus: list[int]) -> None:
         self.dedicated |= set(cpus) - self.housekeeping
         if wish.smt == "isolate":
-            self.idle |= {other for cpu in cpus for other in self.siblings[self.core_of[cpu]]} - set(cpus)
-        emulator = wish.emulator or self._near_housekeeping(cpus)
-        self.placed[name] = Placement(tuple(CpuSet([cpu]) for cpu in cpus), emulator)
-
-    def _near_housekeeping(self, cpus: list[int]) -> CpuSet:
-        nodes = {cpu.node for cpu in self.topology.cpus if cpu.id in cpus}
-        near = CpuSet(cpu.id for cpu in self.topology.cpus if cpu.node in nodes and cpu.id in self.housekeeping)
-        return near or self.housekeeping
+            cores = {self.machine.by_id[cpu].core for cpu in cpus}
+            self.idle |= {other for core in cores for other in self.machine.threads[core]}.difference(cpus)
+        nodes = self.machine.nodes_of(cpus)
+        near = CpuSet(self.housekeeping & self.machine.cpus_of(nodes))
+        emulator = wish.emulator or near or self.housekeeping
+        self.placed[name] = Placement(tuple(CpuSet([cpu]) for cpu in cpus), emulator, nodes)
 
     def _pools(self, wish: CpuWish) -> list[CpuSet]:
         """Free candidates, best first."""
-        free = self.usable - self.dedicated - self.idle - self.housekeeping - self.emulators
+        free = self._within(wish, self.usable) - self.dedicated - self.idle - self.housekeeping - self.emulators
         isolated = CpuSet(free & self.isolated)
         ordinary = CpuSet(free - self.isolated)
         match wish.isolated:
@@ -207,8 +250,11 @@ class Assignment:
 
     def _find(self, name: str, wish: CpuWish) -> list[int] | None:
         pools = self._pools(wish)
-        for pool in pools:
-            found = best_set(self.topology, pool, wish.vcpus, Smt(wish.smt), busy=self._busy())
+        roomy = self.roomy.get(name, frozenset())
+        # first where the guest's memory fits beside it, as long as that takes no more nodes than it must
+        scopes = [CpuSet(pool & self.machine.nodes.get(node, frozenset())) for pool in pools for node in sorted(roomy)]
+        for pool in (*scopes, *pools):
+            found = best_set(self.machine, pool, wish.vcpus, Smt(wish.smt), busy=self._busy())
             if found is not None:
                 return list(found)
         self._refuse_dedicated(name, wish, pools)
@@ -219,11 +265,9 @@ class Assignment:
         cpus = [cpu for vcpu in has for cpu in vcpu]
         if any(len(vcpu) != 1 for vcpu in has) or len(cpus) != wish.vcpus or len(set(cpus)) != len(cpus):
             return None
-        if not any(set(cpus) <= pool for pool in self._pools(wish)):
+        if not any(pool.issuperset(cpus) for pool in self._pools(wish)):
             return None
-        # the rules of the cores must hold among these very CPUs
-        alone = best_set(self.topology, CpuSet(cpus), wish.vcpus, Smt(wish.smt), busy=self._busy())
-        return cpus if alone is not None else None
+        return cpus if self.machine.obeys(cpus, Smt(wish.smt), self._busy()) else None
 
     def _refuse_dedicated(self, name: str, wish: CpuWish, pools: list[CpuSet]) -> None:
         free = pools[-1]
@@ -238,12 +282,15 @@ class Assignment:
             parts.append(f"kept empty beside them {CpuSet(self.idle)}")
         if self.isolated or wish.isolated == "require":
             parts.append(f"isolated {self.isolated or 'none'}")
+        if wish.nodes is not None:
+            kind += f"on nodes {wish.nodes} "
+            parts[0] += f", {len(self._within(wish, self.usable))} on these nodes"
         count = f"{len(free)} {kind}{'is' if len(free) == 1 else 'are'} left"
         wanted = f"{wish.vcpus} dedicated CPU{'' if wish.vcpus == 1 else 's'}"
         message = f"{name} wants {wanted}, {count} outside housekeeping ({'; '.join(parts)})"
         hint = f"cpu.vcpus = {len(free)}, " if 0 < len(free) < wish.vcpus else ""
         if len(free) >= wish.vcpus:
-            threads = max(len(ids) for ids in self.siblings.values())
+            threads = max(len(ids) for ids in self.machine.threads.values())
             message += f", and not as smt = {wish.smt} needs them"
             if wish.smt == "require":
                 message += " (this host has no SMT)" if threads == 1 else f" (whole cores of {threads} threads)"
@@ -256,12 +303,29 @@ class Assignment:
         """Guests the scheduler moves about: off the isolated CPUs, and off the dedicated ones when `shared`."""
         if wish.placement not in ("none", "shared"):
             return
-        cpus = self.shared if wish.placement == "shared" else CpuSet(self.usable - self.isolated) or self.usable
-        self.placed[name] = Placement((cpus,) * wish.vcpus, wish.emulator or cpus)
+        everywhere = self.shared if wish.placement == "shared" else self.ordinary
+        cpus = self._within(wish, everywhere)
+        if not cpus:
+            there = self._within(wish, self.usable)
+            self.refuse(
+                name,
+                f"{name} shares CPUs of nodes {wish.nodes} (cpu.nodes), and of {there} there none is left: "
+                f"isolated {CpuSet(there & self.isolated) or 'none'}, dedicated "
+                f"{CpuSet(there & (self.dedicated | self.idle)) or 'none'}",
+                f"take cpu.nodes out, or name nodes of CPUs {everywhere}",
+            )
+            return
+        nodes = () if wish.nodes is None else tuple(sorted(wish.nodes))
+        self.placed[name] = Placement((cpus,) * wish.vcpus, wish.emulator or cpus, nodes)
 
     @property
+    def ordinary(self) -> CpuSet:
+        """What the scheduler balances over, whoever may have it; everything where all is isolated."""
+        return CpuSet(self.usable - self.isolated) or self.usable
+
+    @cached_property
     def shared(self) -> CpuSet:
-        """What is neither isolated nor anyone's own; at the least housekeeping."""
+        """What is neither isolated nor anyone's own; at the least housekeeping. Asked once all exclusive guests are."""
         return CpuSet(self.usable - self.isolated - self.dedicated - self.idle) or self.housekeeping
 
     def warn_overcommit(self, wishes: Mapping[str, CpuWish]) -> None:

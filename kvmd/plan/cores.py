@@ -11,7 +11,8 @@ can hold the guest, filled by whole cores. On small machines the result equals t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
@@ -32,26 +33,80 @@ class Smt(StrEnum):
     ISOLATE = "isolate"
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The topology turned over for look-ups: made once, asked for every guest."""
+
+    by_id: Mapping[int, Cpu]
+    rank: Mapping[int, int]  # place in the order in which QEMU numbers vCPUs: node, cache, core, thread
+    threads: Mapping[int, frozenset[int]]  # of each core
+    classes: Mapping[int, int]  # of each CPU: 0 is the fastest kind of core
+    distances: Mapping[tuple[int, int], int]  # between two nodes; empty where the firmware does not say
+    nodes: Mapping[int, frozenset[int]]  # CPUs of each node that has any
+
+    @classmethod
+    def of(cls, topology: CpuTopology) -> Machine:
+        """The same for any order of `topology.cpus`."""
+        cpus = topology.cpus
+        ordered = sorted(cpus, key=lambda cpu: (cpu.node, cpu.l3, cpu.core, cpu.id))
+        nodes = sorted({cpu.node for cpu in cpus})
+        named = topology.nodes or tuple(nodes)
+        known = len(named) == len(topology.distances)
+        return cls(
+            by_id={cpu.id: cpu for cpu in cpus},
+            rank={cpu.id: place for place, cpu in enumerate(ordered)},
+            threads=_grouped((cpu.core, cpu.id) for cpu in cpus),
+            classes=speed_classes(topology),
+            distances={
+                (a, b): topology.distances[i][j] for i, a in enumerate(named) for j, b in enumerate(named) if known
+            },
+            nodes=_grouped((cpu.node, cpu.id) for cpu in cpus),
+        )
+
+    def in_order(self, cpus: Iterable[int]) -> tuple[int, ...]:
+        """Threads of one core side by side, then cores of one cache, then nodes."""
+        return tuple(sorted(cpus, key=self.rank.__getitem__))
+
+    def cpus_of(self, nodes: Iterable[int]) -> frozenset[int]:
+        """All CPUs of these nodes."""
+        return frozenset(cpu for node in nodes for cpu in self.nodes.get(node, ()))
+
+    def nodes_of(self, cpus: Iterable[int]) -> tuple[int, ...]:
+        """Nodes of these CPUs, ascending; a CPU that is offline has none."""
+        return tuple(sorted({self.by_id[cpu].node for cpu in cpus if cpu in self.by_id}))
+
+    def obeys(self, cpus: Collection[int], smt: Smt, busy: Collection[int]) -> bool:
+        """Whether these very CPUs may be one guest's by the rule of `smt`, with `busy` in use by others."""
+        cores = [self.by_id[cpu].core for cpu in cpus]
+        match smt:
+            case Smt.ISOLATE:
+                others = set(busy) - set(cpus)
+                return len(set(cores)) == len(cores) and not any(self.threads[core] & others for core in cores)
+            case Smt.REQUIRE:
+                return all(len(self.threads[core]) > 1 and self.threads[core] <= set(cpus) for core in set(cores))
+            case _:
+                return True
+
+
+def _grouped(pairs: Iterable[tuple[int, int]]) -> Mapping[int, frozenset[int]]:
+    found: dict[int, set[int]] = {}
+    for group, member in pairs:
+        found.setdefault(group, set()).add(member)
+    return {group: frozenset(members) for group, members in found.items()}
+
+
 def best_set(
-    topology: CpuTopology, pool: Collection[int], count: int, smt: Smt, *, busy: Collection[int]
+    machine: Machine, pool: Collection[int], count: int, smt: Smt, *, busy: Collection[int]
 ) -> tuple[int, ...] | None:
     """`count` CPUs of `pool` in core order, None when the rules of `smt` leave none.
 
     `busy` are CPUs that others use: cores that have one are the last choice, and none at all for smt "isolate".
     """
-    chooser = _Chooser(topology, pool, count, smt, busy)
+    if len(pool) < count:
+        return None
+    chooser = _Chooser(machine, pool, count, smt, busy)
     best = min(chooser.candidates(), key=chooser.score, default=None)
-    return None if best is None else in_core_order(best, topology)
-
-
-def in_core_order(cpus: Iterable[int], topology: CpuTopology) -> tuple[int, ...]:
-    """Threads of one core side by side, then cores of one cache, then nodes: the order in which QEMU numbers vCPUs."""
-    wanted = set(cpus)
-    return tuple(
-        cpu.id
-        for cpu in sorted(topology.cpus, key=lambda cpu: (cpu.node, cpu.l3, cpu.core, cpu.id))
-        if cpu.id in wanted
-    )
+    return None if best is None else machine.in_order(best)
 
 
 def speed_classes(topology: CpuTopology) -> dict[int, int]:
@@ -77,45 +132,42 @@ class _Core:
 
 
 class _Chooser:
-    def __init__(
-        self, topology: CpuTopology, pool: Collection[int], count: int, smt: Smt, busy: Collection[int]
-    ) -> None:
+    def __init__(self, machine: Machine, pool: Collection[int], count: int, smt: Smt, busy: Collection[int]) -> None:
         self.count = count
         self.smt = smt
-        self.busy = frozenset(busy) - frozenset(pool)
-        self.pool = [cpu for cpu in topology.cpus if cpu.id in pool]
-        self.by_id = {cpu.id: cpu for cpu in topology.cpus}
-        self.classes = speed_classes(topology)
-        self.distances = topology.distances
-        self.node_index = {node: index for index, node in enumerate(sorted({cpu.node for cpu in topology.cpus}))}
-        self.threads: dict[int, set[int]] = {}
-        for cpu in topology.cpus:
-            self.threads.setdefault(cpu.core, set()).add(cpu.id)
+        self.pool = [machine.by_id[cpu] for cpu in sorted(pool)]
+        self.machine = machine
+        self.by_id = machine.by_id
+        self.classes = machine.classes
+        self.threads = machine.threads
+        beside = frozenset(busy).difference(pool)
+        # cores of which others have a thread; a CPU of theirs may have gone offline
+        self.shared = {machine.by_id[cpu].core for cpu in beside if cpu in machine.by_id}
+        self.on_node = Counter(cpu.node for cpu in self.pool)
+        self.in_cache = Counter(cpu.l3 for cpu in self.pool)
 
     def score(self, cpus: Collection[int]) -> Score:
         """Smaller is better; see the module's first lines for the order."""
+        own = set(cpus)
         chosen = [self.by_id[cpu] for cpu in cpus]
         nodes, caches = {cpu.node for cpu in chosen}, {cpu.l3 for cpu in chosen}
-        classes = {self.classes[cpu.id] for cpu in chosen}
+        classes = [self.classes[cpu] for cpu in cpus]
         cores = {cpu.core for cpu in chosen}
         return (
             len(nodes),
             self._distance(nodes),
-            len(classes),
-            sum(self.classes[cpu.id] for cpu in chosen),
+            len(set(classes)),
+            sum(classes),
             len(caches),
-            sum(1 for core in cores if self.threads[core] & self.busy),
-            sum(1 for core in cores if not self.threads[core] <= set(cpus)),
-            sum(1 for cpu in self.pool if cpu.node in nodes),
-            sum(1 for cpu in self.pool if cpu.l3 in caches),
+            len(cores & self.shared),
+            sum(1 for core in cores if not self.threads[core] <= own),
+            sum(self.on_node[node] for node in nodes),
+            sum(self.in_cache[cache] for cache in caches),
             tuple(sorted(cpus)),
         )
 
     def _distance(self, nodes: Collection[int]) -> int:
-        if len(self.distances) != len(self.node_index):
-            return 0
-        places = [self.node_index[node] for node in sorted(nodes)]
-        return sum(self.distances[a][b] for a, b in combinations(places, 2))
+        return sum(self.machine.distances.get(pair, 0) for pair in combinations(sorted(nodes), 2))
 
     def candidates(self) -> Iterator[tuple[int, ...]]:
         """Sets on the fewest nodes that can hold the guest; within those, by speed and by cache."""
@@ -161,7 +213,7 @@ class _Chooser:
                 l3=self.by_id[core].l3,
                 free=tuple(sorted(ids)),
                 is_whole=len(ids) == len(self.threads[core]),
-                is_shared=bool(self.threads[core] & self.busy),
+                is_shared=core in self.shared,
             )
             for core, ids in free.items()
         ]

@@ -18,7 +18,7 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host, HostCpu
 from kvmd.errors import Refused
-from kvmd.facts import EMPTY, CpuTopology, Facts
+from kvmd.facts import EMPTY, CpuTopology, Facts, HugepagePool, Memory, RunningGuest
 from kvmd.plan.assignment import Assignment, CpuWish, Placement, housekeeping_of
 from kvmd.units import CpuSet
 
@@ -31,9 +31,14 @@ __all__ = [
     "place",
     "place_all",
     "place_guest",
+    "place_running",
     "plan_pins",
+    "roomy_nodes",
     "taken_by",
 ]
+
+
+Taken = Mapping[str, tuple[CpuSet, ...]]  # CPUs each vCPU of a guest may run on now, in vCPU order
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +55,24 @@ def place_all(
     topology: CpuTopology,
     host: HostCpu,
     *,
-    taken: Mapping[str, tuple[CpuSet, ...]] = EMPTY,
+    taken: Taken = EMPTY,
+    roomy: Mapping[str, Collection[int]] = EMPTY,
 ) -> Placements:
     """Place every guest of `wishes` (those that run or should run).
 
-    `taken`: CPUs that the vCPUs of running guests have now; kept while they obey the rules. Manual pins come first,
-    then what runs, then `isolated = "require"`, then the others, each by name.
+    `taken`: CPUs that the vCPUs of running guests have now; kept while they obey the rules. `roomy`: NUMA nodes on
+    each of which a guest's memory fits now, preferred for those that are looked for. Manual pins come first, then
+    what runs, then `isolated = "require"`, then the others, each by name.
     """
-    state = Assignment(topology, host)
+    state = Assignment(topology, host, roomy)
     wishes = {name: _as_it_runs(wish, taken.get(name)) for name, wish in wishes.items()}
     for name in sorted(taken.keys() - wishes.keys()):
         state.respect(taken[name])
     order = sorted(wishes, key=lambda name: _rank(name, wishes[name], taken))
     for name in order:
+        state.check_nodes(name, wishes[name])
         if wishes[name].emulator is not None:
             state.claim_emulator(name, wishes[name])
-    for name in order:
         state.check_count(name, wishes[name])
     for name in order:
         if name not in state.refused:
@@ -87,16 +94,17 @@ def place(
     topology: CpuTopology,
     host: HostCpu,
     *,
-    taken: Mapping[str, tuple[CpuSet, ...]] = EMPTY,
+    taken: Taken = EMPTY,
+    roomy: Mapping[str, Collection[int]] = EMPTY,
 ) -> Placement | Problem:
     """One guest's placement beside all others of `wishes`, or why it cannot be had."""
-    answer = place_all(wishes, topology, host, taken=taken)
+    answer = place_all(wishes, topology, host, taken=taken, roomy=roomy)
     if name in answer.of:
         return answer.of[name]
     return next(problem for problem in answer.problems if name in problem.guests)
 
 
-def taken_by(facts: Facts) -> Mapping[str, tuple[CpuSet, ...]]:
+def taken_by(facts: Facts) -> Taken:
     """CPUs of the running guests' vCPUs, by name, for `place_all`."""
     return {
         guest.name: tuple(CpuSet.parse(mask) for mask in guest.affinity) for guest in facts.guests if guest.affinity
@@ -109,47 +117,78 @@ def place_guest(
     topology: CpuTopology,
     alive: Collection[str],
     *,
-    taken: Mapping[str, tuple[CpuSet, ...]] = EMPTY,
+    taken: Taken = EMPTY,
+    nodes: Mapping[str, CpuSet | None] = EMPTY,
+    roomy: Collection[int] = (),
 ) -> Placement | None:
-    """Where guest `name` goes beside those that are alive; None when it has no file. Raises Refused with the sum."""
+    """Where guest `name` goes beside those that are alive; None when it has no file. Raises Refused with the sum.
+
+    `nodes`: cpu.nodes of the guests that run, as they were started; `roomy`: nodes where this guest's memory fits.
+    """
     if name not in desired.guests:
         return None
     names = {other for other in alive if other in desired.guests} | {name}
-    wishes = {other: CpuWish.of(desired.guests[other]) for other in names}
-    found = place(name, wishes, topology, desired.host.cpu, taken=taken)
+    wishes = {other: _started(CpuWish.of(desired.guests[other]), other, nodes) for other in names}
+    found = place(name, wishes, topology, desired.host.cpu, taken=taken, roomy={name: roomy})
     if isinstance(found, Problem):
         raise Refused(found.message, hint=found.hint)
     return found
 
 
+def roomy_nodes(guest: Guest, memory: Memory, pools: Iterable[HugepagePool]) -> frozenset[int]:
+    """Nodes on each of which the guest's whole memory fits now: free pages of its size, else free memory."""
+    page = guest.memory.hugepage_size
+    if page:
+        return frozenset(
+            pool.node
+            for pool in pools
+            if pool.page_bytes == page and (pool.free - pool.reserved) * page >= guest.memory.size
+        )
+    return frozenset(node for node, free in memory.node_free_bytes.items() if free >= guest.memory.size)
+
+
 def plan_pins(guests: Mapping[str, Guest], host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
-    """Pins for the running guests whose threads may run elsewhere than placed.
+    """Pins for the running guests of which any thread may run elsewhere than placed.
 
     Guests that are wanted and not up yet are placed with them, so that a plan tells beforehand who would be refused.
     """
-    shall_run = {guest.name for guest in facts.guests}
-    shall_run |= {life.name for life in facts.lives if life.wanted and not life.alive and not life.held}
-    wishes = {name: CpuWish.of(guests[name]) for name in shall_run if name in guests}
-    placements = place_all(wishes, facts.cpus, host.cpu, taken=taken_by(facts))
+    placements = place_running(guests, host, facts)
+    settling = {life.name for life in facts.lives if life.settling}
     actions = []
     for guest in sorted(facts.guests, key=lambda guest: guest.name):
         placement = placements.of.get(guest.name)
-        if placement is None or not guest.affinity:
+        if placement is None or not guest.affinity or guest.name in settling:
             continue
-        now = tuple(CpuSet.parse(mask) for mask in guest.affinity)
-        others = CpuSet.parse(guest.emulator) if guest.emulator else placement.emulator
-        if (now, others) == (placement.vcpus, placement.emulator):
-            continue
-        actions.append(
-            PinGuest(
-                guest=guest.name,
-                vcpus=tuple(str(cpus) for cpus in placement.vcpus),
-                emulator=str(placement.emulator),
-                old=guest.affinity,
-                why="its threads may run elsewhere than placed",
-            )
-        )
+        pin = _pin(guest, placement)
+        if pin.old != pin.vcpus or pin.strays:
+            actions.append(pin)
     return tuple(actions), placements.problems
+
+
+def place_running(guests: Mapping[str, Guest], host: Host, facts: Facts) -> Placements:
+    """All guests that run or should run, where they belong now."""
+    shall_run = {guest.name for guest in facts.guests}
+    shall_run |= {life.name for life in facts.lives if life.wanted and not life.alive and not life.held}
+    nodes = {guest.name: guest.nodes for guest in facts.guests}
+    wishes = {name: _started(CpuWish.of(guests[name]), name, nodes) for name in shall_run if name in guests}
+    return place_all(wishes, facts.cpus, host.cpu, taken=taken_by(facts))
+
+
+def _pin(guest: RunningGuest, placement: Placement) -> PinGuest:
+    emulator = str(placement.emulator)
+    return PinGuest(
+        guest=guest.name,
+        vcpus=tuple(str(cpus) for cpus in placement.vcpus),
+        emulator=emulator,
+        old=guest.affinity,
+        strays=tuple(f"{thread.name} on {thread.cpus}" for thread in guest.others if thread.cpus != emulator),
+        why="its threads may run elsewhere than placed",
+    )
+
+
+def _started(wish: CpuWish, name: str, nodes: Mapping[str, CpuSet | None]) -> CpuWish:
+    """A running guest stays on the nodes it was started on, for its memory does."""
+    return replace(wish, nodes=nodes[name]) if name in nodes else wish
 
 
 def _as_it_runs(wish: CpuWish, has: tuple[CpuSet, ...] | None) -> CpuWish:
@@ -159,11 +198,11 @@ def _as_it_runs(wish: CpuWish, has: tuple[CpuSet, ...] | None) -> CpuWish:
     return replace(wish, vcpus=len(has), pin=wish.pin[: len(has)] if wish.pin else None)
 
 
-def _rank(name: str, wish: CpuWish, taken: Mapping[str, tuple[CpuSet, ...]]) -> tuple[bool, bool, bool, str]:
+def _rank(name: str, wish: CpuWish, taken: Taken) -> tuple[bool, bool, bool, str]:
     return (wish.placement != "manual", name not in taken, wish.isolated != "require", name)
 
 
 def nodes_of(cpus: Iterable[int], topology: CpuTopology) -> tuple[int, ...]:
-    """NUMA nodes of these CPUs, ascending: where the guest's memory should lie."""
+    """NUMA nodes of these CPUs, ascending."""
     wanted = set(cpus)
     return tuple(sorted({cpu.node for cpu in topology.cpus if cpu.id in wanted}))

@@ -22,7 +22,8 @@ def memory(
 ) -> tuple[list[str], list[str]]:
     """Arguments, and warnings. `hugepages` False: the pool is short, fall back where the file allows it.
 
-    `nodes` are the host's NUMA nodes the memory is bound to (all when empty), `threads` how many preallocate.
+    `nodes` are the host's NUMA nodes for the memory (all when empty): hugepages are bound to them, other memory goes
+    there as long as there is some; `threads` how many preallocate.
     Raises Refused (sizes, no fallback) and NotSupported (what this QEMU lacks).
     """
     size, page = guest.memory.size, guest.memory.hugepage_size
@@ -64,8 +65,11 @@ def _backend(guest: Guest, page: Size | None, nodes: tuple[int, ...], threads: i
         found |= {"hugetlb": True, "hugetlbsize": int(page)}
     if guest.memory.preallocated:
         found |= {"prealloc": True, "prealloc-threads": max(1, min(threads, MOST_PREALLOC_THREADS))}
-    if nodes:
+    if nodes and page:
         found |= {"host-nodes": sorted(nodes), "policy": "bind"}
+    elif len(nodes) == 1:
+        # bound, a full node would end the guest; on several nodes the first touch by a vCPU does what is wanted
+        found |= {"host-nodes": list(nodes), "policy": "preferred"}
     return found
 
 

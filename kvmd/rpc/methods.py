@@ -21,6 +21,7 @@ from kvmd.effects.records import WantedState
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
+from kvmd.plan.cpumap import GuestSeats, cpu_map
 from kvmd.plan.network import tap_name
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
@@ -57,6 +58,7 @@ class Methods:
             ("host.reconcile", "operator", NoParams, results.Applied, self.host_reconcile),
             ("host.release", "admin", NoParams, results.Released, self.host_release),
             ("host.facts", "viewer", NoParams, results.HostFacts, self.host_facts),
+            ("host.cpus", "viewer", NoParams, results.HostCpus, self.host_cpus),
             ("tune.status", "viewer", NoParams, results.TuneStatus, self.tune_status),
             ("tune.explain", "viewer", results.ExplainParams, results.Explained, self.tune_explain),
             ("daemon.status", "viewer", NoParams, results.DaemonStatus, self.daemon_status),
@@ -213,6 +215,18 @@ class Methods:
         """The host as it is, read now"""
         return results.HostFacts(json.loads(json.dumps(asdict(await self._manager.observe()), default=_plain)))
 
+    async def host_cpus(self, _params: NoParams, _call: Call) -> results.HostCpus:
+        """Who sits where: every CPU with its role and its vCPUs, every running guest with all its threads"""
+        found = cpu_map(self._manager.services.loaded.desired, await self._manager.observe())
+        return results.HostCpus(
+            housekeeping=found.housekeeping,
+            cpus=tuple(results.CpuShape.model_validate(asdict(seat)) for seat in found.cpus),
+            guests=tuple(
+                results.GuestCpus.model_validate(asdict(guest) | {"threads": _threads(guest)}) for guest in found.guests
+            ),
+            problems=_problems(found.problems),
+        )
+
     # ---- tuning -------------------------------------------------------------------------------------------------
 
     async def tune_status(self, _params: NoParams, _call: Call) -> RawJson:
@@ -298,6 +312,10 @@ def _applied(report: Report) -> results.Applied:
         problems=_problems(report.plan.problems),
         faults=_faults(report.loaded.faults),
     )
+
+
+def _threads(guest: GuestSeats) -> tuple[results.ThreadShape, ...]:
+    return tuple(results.ThreadShape(name=name, cpus=cpus) for name, cpus in guest.threads)
 
 
 def _plain(value: Any) -> Any:

@@ -205,6 +205,48 @@ class HostFacts(RootModel[dict[str, Any]]):
     model_config = ConfigDict(frozen=True)
 
 
+class CpuShape(Shape):
+    """One CPU of the host; `roles` of an ordinary one is empty. What the kernel does not tell is null."""
+
+    id: int
+    node: int | None
+    package: int | None
+    l3: int | None = Field(description="lowest CPU that shares the last-level cache")
+    core: int | None = Field(description="lowest CPU of the core")
+    capacity: int | None = Field(description="1024: the fastest core of this host")
+    roles: tuple[Literal["housekeeping", "isolated", "nohz_full", "forbidden", "offline"], ...]
+    vcpus: tuple[str, ...] = Field(description="GUEST:VCPU of those that may run here and nowhere else")
+
+
+class ThreadShape(Shape):
+    """A thread of a guest that is no vCPU, and where it may run."""
+
+    name: str
+    cpus: str
+
+
+class GuestCpus(Shape):
+    """Where a running guest's threads may run, and where they belong (null: refused, or its file is gone)."""
+
+    name: str
+    placement: str
+    nodes: str | None
+    vcpus: tuple[str, ...]
+    threads: tuple[ThreadShape, ...]
+    wanted_vcpus: tuple[str, ...] | None
+    wanted_others: str | None
+    placed: bool
+
+
+class HostCpus(Shape):
+    """Who sits where."""
+
+    housekeeping: str
+    cpus: tuple[CpuShape, ...]
+    guests: tuple[GuestCpus, ...]
+    problems: tuple[ProblemShape, ...]
+
+
 # -- tuning
 
 

@@ -16,7 +16,20 @@ from kvmd.rpc.registry import Call, Follower, Registry
 
 # A method a viewer may call has one of these verbs; a new one is added here by someone who thought about it.
 LOOKING = frozenset(
-    ["capabilities", "discover", "explain", "facts", "health", "leases", "list", "ping", "plan", "show", "stats"]
+    [
+        "capabilities",
+        "cpus",
+        "discover",
+        "explain",
+        "facts",
+        "health",
+        "leases",
+        "list",
+        "ping",
+        "plan",
+        "show",
+        "stats",
+    ]
 ) | {"status", "subscribe", "top", "version", "why"}
 
 

@@ -13,6 +13,7 @@ from kvmd.effects.images import create_image
 from kvmd.effects.proc import observe_threads
 from kvmd.effects.tree import Tree
 from kvmd.rpc.client import RemoteError
+from kvmd.units import CpuSet
 from tests.rig.guestconsole import READY, GuestConsole
 from tests.rig.guestfiles import linux, tiny
 from tests.rig.kvmdhost import KvmdHost
@@ -113,12 +114,20 @@ def test_a_dedicated_guest_has_its_cpu_alone(host: KvmdHost, life: str) -> None:
     for tid in observe_threads(Tree(), shown["pid"]):
         allowed = os.sched_getaffinity(tid)
         assert (allowed == {int(own)}) == (tid == cpu_tid)
-    os.sched_setaffinity(cpu_tid, os.sched_getaffinity(0))
-    plan = host.call("host.plan")["actions"]
-    assert [action["kind"] for action in plan] == ["pin-guest"]
-    host.call("host.reconcile")
-    assert os.sched_getaffinity(cpu_tid) == {int(own)}
-    assert host.call("host.plan")["actions"] == []
+    (seat,) = [cpu for cpu in host.call("host.cpus")["cpus"] if cpu["vcpus"]]
+    assert (str(seat["id"]), seat["vcpus"]) == (own, ["a:0"])
+    for strayed in (cpu_tid, shown["pid"]):
+        rest = shown["placement"]["emulator"]
+        os.sched_setaffinity(strayed, os.sched_getaffinity(0))
+        assert not host.call("host.cpus")["guests"][0]["placed"]
+        plan = host.call("host.plan")["actions"]
+        assert [action["kind"] for action in plan] == ["pin-guest"]
+        host.call("host.reconcile")
+        assert os.sched_getaffinity(cpu_tid) == {int(own)}
+        assert os.sched_getaffinity(shown["pid"]) == CpuSet.parse(rest)
+        assert host.call("host.plan")["actions"] == []
+    (guest,) = host.call("host.cpus")["guests"]
+    assert (guest["placed"], {thread["cpus"] for thread in guest["threads"]}) == (True, {rest})
 
 
 def test_more_dedicated_vcpus_than_the_host_can_give_is_refused_with_the_sum(host: KvmdHost) -> None:

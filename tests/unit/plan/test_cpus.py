@@ -16,8 +16,8 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host, HostCpu
 from kvmd.errors import Refused
-from kvmd.facts import CpuTopology, Facts, GuestLife, Process, RunningGuest
-from kvmd.plan.cores import Smt, _Chooser, best_set, speed_classes
+from kvmd.facts import CpuTopology, Facts, GuestLife, Process, RunningGuest, Thread
+from kvmd.plan.cores import Machine, Smt, _Chooser, best_set, speed_classes
 from kvmd.plan.cpus import (
     CpuWish,
     Placement,
@@ -265,7 +265,8 @@ def guest(**cpu: Any) -> Guest:
 
 
 def up(name: str, *affinity: str, emulator: str = "") -> RunningGuest:
-    return RunningGuest(name, "uuid", Process(1, 1), 1 << 30, affinity=affinity, emulator=emulator)
+    main = (Thread(1, "qemu-system-x86", emulator),) if emulator else ()
+    return RunningGuest(name, "uuid", Process(1, 1), 1 << 30, affinity=affinity, others=main)
 
 
 def test_pins_bring_running_guests_where_they_belong() -> None:
@@ -281,7 +282,9 @@ def test_pins_bring_running_guests_where_they_belong() -> None:
     done = replace(facts, guests=tuple(up(pin.guest, *pin.vcpus, emulator=pin.emulator) for pin in pins))
     assert plan_pins(guests, Host(), done) == ((), ())
     strayed = replace(facts, guests=(up("db", "2", "3", emulator="0-7"),))
-    assert [action.line() for action in plan_pins(guests, Host(), strayed)[0]] == ["~ guest db: vCPUs on 2 3 -> 2 3"]
+    assert [action.line() for action in plan_pins(guests, Host(), strayed)[0]] == [
+        "~ guest db: qemu-system-x86 on 0-7 -> 0-1"
+    ]
 
 
 def test_a_wanted_guest_without_room_is_known_before_its_start() -> None:
@@ -420,8 +423,9 @@ def test_any_state_of_the_host_is_brought_in_order(
 )
 def test_as_good_as_trying_every_set(shape: CpuTopology, count: int, busy: set[int], smt: Smt) -> None:
     pool = sorted(shape.online - busy)[:10]
-    found = best_set(shape, pool, count, smt, busy=busy)
-    chooser = _Chooser(shape, pool, count, smt, busy)
+    machine = Machine.of(shape)
+    found = best_set(machine, pool, count, smt, busy=busy)
+    chooser = _Chooser(machine, pool, count, smt, busy)
     legal = [cpus for cpus in combinations(pool, count) if is_legal(cpus, shape, busy, smt)]
     if not legal:
         assert found is None
