@@ -144,7 +144,9 @@ class Manager:
     async def _start_all(self, starts: list[StartGuest], actor: str) -> list[Outcome]:
         """A few at a time, each after those its `start.after` names."""
         wish = self.services.loaded.desired.daemon.guests.start_concurrency
-        limit = asyncio.Semaphore(wish if isinstance(wish, int) else max(2, len(self.guests.topology.cpus)))
+        # Half of a start is waiting (its interpreter, the disk, QEMU itself): one for each CPU would leave CPUs idle.
+        auto = min(16, max(4, 2 * len(self.guests.topology.cpus)))
+        limit = asyncio.Semaphore(wish if isinstance(wish, int) else auto)
         done = {action.guest: asyncio.Event() for action in starts}
 
         async def one(action: StartGuest) -> Outcome:

@@ -54,7 +54,9 @@ class Apply(Table):
 class Guests(Table):
     """[guests]"""
 
-    start_concurrency: AutoCount = key("auto", 'Guests started at once; "auto": by CPUs.', mark="~")
+    start_concurrency: AutoCount = key(
+        "auto", 'Guests started at once; "auto": twice the CPUs, from 4 to 16.', mark="~"
+    )
     shutdown_timeout: None = later("duration", "All guests together at host shutdown.", mark="~")
     default_profile: GuestName | None = key(None, "Profile of guests that name none.", mark="~", example='"linux"')
 
