@@ -174,6 +174,7 @@ class Facts:
     hugepages: tuple[HugepagePool, ...] = ()
     knobs: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # absolute path -> stripped content
     links: tuple[Link, ...] = ()
+    ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
     nft: str | None = None  # our ruleset's fingerprint comment, None: no table of ours
     dnsmasq: tuple[Dnsmasq, ...] = ()
     guests: tuple[RunningGuest, ...] = ()

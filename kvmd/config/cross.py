@@ -11,14 +11,13 @@ import difflib
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 
 from kvmd.config.daemon import Daemon
 from kvmd.config.faults import Complaint
 from kvmd.config.guest import Guest
 from kvmd.config.lines import KeyPath
 from kvmd.config.network import Network, bridge_name
-from kvmd.config.rules import address_fault
+from kvmd.config.network_rules import Address, address_fault, unserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,10 @@ def _networks_clash(name: str, network: Network, other: str, there: Network) -> 
         mine, theirs = network.ipv4.address.network, there.ipv4.address.network
         if mine.overlaps(theirs):
             yield Complaint(("ipv4", "address"), f"{mine} overlaps {theirs} of networks.d/{other}.toml")
+    if network.ipv6 is not None and there.ipv6 is not None:
+        own, others = network.ipv6.address.network, there.ipv6.address.network
+        if own.overlaps(others):
+            yield Complaint(("ipv6", "address"), f"{own} overlaps {others} of networks.d/{other}.toml")
 
 
 @dataclass(slots=True)
@@ -94,8 +97,10 @@ class Guests:
                 continue
             if nic.network not in self.known_networks:
                 yield _unknown(path, "network", nic.network, self.known_networks, "networks.d")
-            elif (network := self.networks.get(nic.network)) is not None and nic.ipv4 is not None:
-                yield from _address(("nic", name), nic.ipv4, nic.network, network)
+            elif (network := self.networks.get(nic.network)) is not None:
+                for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
+                    if address is not None:
+                        yield from _address(("nic", name, key), address, nic.network, network)
             if nic.mac is not None and nic.network in self.networks:
                 yield from _reserved_mac(("nic", name, "mac"), nic.mac, nic.network, self.networks[nic.network])
 
@@ -133,8 +138,9 @@ def _claims(guest: Guest) -> Iterator[_Claim]:
     for name, nic in guest.nic.items():
         if nic.mac is not None:
             yield _Claim("MAC address", nic.mac, ("nic", name, "mac"))
-        if nic.ipv4 is not None and nic.network is not None:
-            yield _Claim("address", (nic.network, nic.ipv4), ("nic", name, "ipv4"))
+        for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
+            if address is not None and nic.network is not None:
+                yield _Claim("address", (nic.network, address), ("nic", name, key))
         for forwarding in nic.hostfwd:
             yield _Claim("host port", forwarding.partition("-")[0], ("nic", name, "hostfwd"))
 
@@ -145,16 +151,17 @@ def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str], director
     return Complaint(path, f'unknown {what} "{name}"', hint)
 
 
-def _address(path: KeyPath, address: IPv4Address, name: str, network: Network) -> Iterator[Complaint]:
+def _address(path: KeyPath, address: Address, name: str, network: Network) -> Iterator[Complaint]:
     where = f"networks.d/{name}.toml"
     if (text := address_fault(network, address)) is not None:
-        yield Complaint((*path, "ipv4"), text, f"see {where}")
-    if network.ipv4 is None or network.ipv4.dhcp is None:
-        text = "nobody hands the address out: the network has no [ipv4.dhcp]"
-        yield Complaint((*path, "ipv4"), text, f"see {where}", severity="warning")
+        yield Complaint(path, text, f"see {where}")
+    if unserved(network, address) is not None:
+        table = "[ipv4.dhcp]" if address.version == 4 else '[ipv6] with mode = "dhcp"'
+        text = f"nobody hands the address out: the network has no {table}"
+        yield Complaint(path, text, f"see {where}", severity="warning")
     for reserved, entry in network.reservation.items():
-        if entry.ipv4 == address:
-            yield Complaint((*path, "ipv4"), f"address {address} belongs to {where} (reservation.{reserved})")
+        if address in (entry.ipv4, entry.ipv6):
+            yield Complaint(path, f"address {address} belongs to {where} (reservation.{reserved})")
 
 
 def _reserved_mac(path: KeyPath, mac: str, name: str, network: Network) -> Iterator[Complaint]:

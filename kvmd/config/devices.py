@@ -13,6 +13,7 @@ from kvmd.config.scalars import (
     Hostfwd,
     Ipv4,
     Ipv4Network,
+    Ipv6,
     Mac,
     Path,
     PciAddress,
@@ -143,7 +144,7 @@ class Nic(Table):
     vlans: None = later("list of number", "Tagged VLANs.", mark="~")
     native_vlan: None = later("number", "Untagged VLAN of a trunk.", mark="~")
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
-    ipv6: None = later("IPv6 address", "As ipv4.")
+    ipv6: Ipv6 | None = key(None, "As ipv4: the DHCPv6 reservation and the name's address.", mark="~")
     link: None = later("boolean", "Cable plugged in.", mark="~")
     rate_in: None = later("bandwidth", "Towards the guest.", mark="~")
     rate_out: None = later("bandwidth", "From the guest.", mark="~")

@@ -25,7 +25,8 @@ from kvmd.config.host import Host
 from kvmd.config.key import Table, quote
 from kvmd.config.lines import KeyPath
 from kvmd.config.network import Network
-from kvmd.config.rules import daemon_rules, guest_rules, host_rules, network_rules
+from kvmd.config.network_rules import network_rules
+from kvmd.config.rules import daemon_rules, guest_rules, host_rules
 
 __all__ = ["Desired", "Fault", "Loaded", "check", "load", "save_last_good"]
 

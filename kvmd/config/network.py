@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import IPv6Interface, IPv6Network
 from typing import Literal
 
+from kvmd.config.dhcpoptions import DhcpOption, DhcpOptionValue
 from kvmd.config.key import Table, key, later, named_tables, optional_table, table
 from kvmd.config.scalars import (
     AutoInterface,
     Domain,
     DurationT,
     Interface,
+    Ip,
     Ipv4,
     Ipv4Interface,
+    Ipv6,
+    Ipv6InterfaceT,
     Mac,
     TableName,
 )
@@ -24,12 +29,13 @@ _BRIDGE_PREFIX = "kv"
 class About(Table):
     """[network]"""
 
-    mode: Literal["nat", "isolated", "bridge"] = key(
+    mode: Literal["nat", "routed", "isolated", "bridge"] = key(
         ...,
-        '"nat": out through the host; "isolated": guests and host only; "bridge": an existing bridge.',
+        '"nat": out through the host; "routed": the same without address translation, and reachable from outside;'
+        ' "isolated": guests and host only; "bridge": an existing bridge.',
         mark="~",
         example='"nat"',
-        later_values=("routed", "macvtap"),
+        later_values=("macvtap",),
     )
     bridge: Interface | None = key(
         None,
@@ -60,7 +66,12 @@ class Dhcp(Table):
         ..., "First and last address of the pool.", mark="~", example='["192.168.50.100", "192.168.50.200"]'
     )
     lease: DurationT = key(Duration(12 * 3600), "Lifetime of a lease.", mark="~", example='"12h"')
-    options: None = later("table", "More DHCP options.", mark="~")
+    options: Mapping[DhcpOption, DhcpOptionValue] = key(
+        {},
+        "More DHCP options, by dnsmasq's name or by number; an empty list sends none.",
+        mark="~",
+        example='{ ntp-server = "192.0.2.123" }',
+    )
 
 
 class Ipv4Config(Table):
@@ -73,8 +84,12 @@ class Ipv4Config(Table):
 class Ipv6Config(Table):
     """[ipv6]"""
 
-    address: None = later("IPv6 address/prefix", "The host's address.", mark="~")
-    mode: None = later("text", "none, slaac or dhcp.", mark="~")
+    address: Ipv6InterfaceT = key(..., "The host's address on the bridge, with the prefix.", mark="~")
+    mode: Literal["none", "slaac", "dhcp"] = key(
+        "slaac",
+        'How guests get theirs. "slaac": router advertisements; "dhcp": DHCPv6 with reservations; "none": by hand.',
+        mark="~",
+    )
 
 
 class Dns(Table):
@@ -82,7 +97,7 @@ class Dns(Table):
 
     enabled: bool = key(True, "Name server for the guests, with their names.", mark="~")
     domain: Domain | None = key(None, "Domain of the guests' names.", mark="~")
-    upstream: tuple[Ipv4, ...] = key(
+    upstream: tuple[Ip, ...] = key(
         (), "Servers to ask; empty: the host's resolvers.", mark="~", example='["192.0.2.53"]'
     )
 
@@ -105,8 +120,8 @@ class Reservation(Table):
     """[reservation.NAME]: a machine that is not a guest of kvmd."""
 
     mac: Mac = key(..., "Its MAC address.", mark="~")
-    ipv4: Ipv4 = key(..., "The address it gets.", mark="~")
-    ipv6: None = later("IPv6 address", "The address it gets.", mark="~")
+    ipv4: Ipv4 | None = key(None, "The address it gets.", mark="~", example='"192.168.50.9"')
+    ipv6: Ipv6 | None = key(None, "The IPv6 address it gets.", mark="~", example='"fd50::9"')
 
 
 class Firewall(Table):
@@ -128,6 +143,24 @@ class Network(Table):
     forward: Mapping[TableName, Forward] = named_tables("A port of the host that leads to a guest.", later=True)
     reservation: Mapping[TableName, Reservation] = named_tables("A fixed address.")
     firewall: Firewall = table(Firewall)
+
+
+UNIQUE_LOCAL = IPv6Network("fc00::/7")  # RFC 4193: routed nowhere, so a network of them is translated
+
+
+def makes_bridge(network: Network) -> bool:
+    """Whether the bridge is kvmd's own, made and removed with the file."""
+    return network.network.mode != "bridge"
+
+
+def is_forwarding(network: Network) -> bool:
+    """Whether guests reach beyond the host through it, so that the host has to route."""
+    return network.network.mode in ("nat", "routed")
+
+
+def is_translated(address: IPv6Interface) -> bool:
+    """Whether a network of mode "nat" hides this IPv6 prefix behind the host's address."""
+    return address.ip in UNIQUE_LOCAL
 
 
 def bridge_name(name: str, network: Network) -> str:

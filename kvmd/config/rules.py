@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from ipaddress import IPv4Address
 
 from kvmd.config.daemon import Daemon
 from kvmd.config.devices import Disk, Nic
 from kvmd.config.faults import Complaint
 from kvmd.config.guest import Guest
 from kvmd.config.host import PAGE_SIZES, Host
-from kvmd.config.network import Dhcp, Network, bridge_name
-from kvmd.units import MAX_CPU, Duration, Size
+from kvmd.units import MAX_CPU, Size
 
 _MIB = 1 << 20
-_IFNAME_MAX = 15  # IFNAMSIZ without the NUL
-_SHORTEST_LEASE = Duration(120)  # dnsmasq(8), --dhcp-range: the minimum lease time is two minutes
 # What QEMU needs beside the guest's memory, as admission counts it: 256 MiB + 1/256.
 _OVERHEAD = 256 * _MIB
 
@@ -147,7 +143,7 @@ def _disk(path: tuple[str, ...], disk: Disk) -> Iterator[Complaint]:
         yield Complaint((*path, "detect_zeroes"), '"unmap" needs discard = "unmap"')
 
 
-def _twice(items: Iterable[tuple[str, Hashable]]) -> Iterator[tuple[str, str, Hashable]]:
+def twice(items: Iterable[tuple[str, Hashable]]) -> Iterator[tuple[str, str, Hashable]]:
     """(later name, earlier name, value) of each value that several have; None does not count."""
     names: dict[Hashable, list[str]] = defaultdict(list)
     for name, value in items:
@@ -160,10 +156,10 @@ def _twice(items: Iterable[tuple[str, Hashable]]) -> Iterator[tuple[str, str, Ha
 
 def _disks_together(guest: Guest) -> Iterator[Complaint]:
     disks = guest.disk.items()
-    for name, other, file in _twice((name, disk.file) for name, disk in disks):
+    for name, other, file in twice((name, disk.file) for name, disk in disks):
         if guest.disk[name].writable or guest.disk[other].writable:
             yield Complaint(("disk", name, "file"), f'"{file}" is the file of disk.{other} too')
-    for name, other, slot in _twice((name, disk.pci_address) for name, disk in disks):
+    for name, other, slot in twice((name, disk.pci_address) for name, disk in disks):
         yield Complaint(("disk", name, "pci_address"), f'"{slot}" is the slot of disk.{other} too')
 
 
@@ -177,8 +173,10 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
         for key, value in user_only.items():
             if value:
                 yield Complaint((*path, key), 'only with type = "user"')
-    elif nic.ipv4 is not None:
-        yield Complaint((*path, "ipv4"), "only with network")
+    else:
+        for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
+            if address is not None:
+                yield Complaint((*path, key), "only with network")
     if nic.net is not None and nic.dns is not None and nic.dns not in nic.net:
         yield Complaint((*path, "dns"), f"{nic.dns} is outside net = {nic.net}")
     for key, given in (("mtu", nic.mtu is not None), ("queues", nic.queues > 1)):
@@ -192,79 +190,12 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
 
 def _nics_together(guest: Guest) -> Iterator[Complaint]:
     nics = guest.nic.items()
-    for name, other, mac in _twice((name, nic.mac) for name, nic in nics):
+    for name, other, mac in twice((name, nic.mac) for name, nic in nics):
         yield Complaint(("nic", name, "mac"), f'"{mac}" is the address of nic.{other} too')
-    for name, other, _ in _twice((name, (nic.network, nic.ipv4) if nic.ipv4 else None) for name, nic in nics):
+    for name, other, _ in twice((name, (nic.network, nic.ipv4) if nic.ipv4 else None) for name, nic in nics):
         yield Complaint(("nic", name, "ipv4"), f"{guest.nic[name].ipv4} is the address of nic.{other} too")
-
-
-def network_rules(name: str, network: Network) -> Iterator[Complaint]:
-    """All that is wrong in one network's file."""
-    mode, about = network.network.mode, network.network
-    if mode == "bridge":
-        yield from _joined_bridge(network)
-    elif len(bridge_name(name, network)) > _IFNAME_MAX:
-        text = f'"{bridge_name(name, network)}" is longer than the {_IFNAME_MAX} characters of an interface name'
-        yield Complaint(("network", "bridge"), text, 'give a shorter one, for example bridge = "kv0"', given=False)
-    if mode == "nat" and network.ipv4 is None:
-        yield Complaint(("ipv4",), 'mode = "nat" needs [ipv4]', 'for example address = "192.168.50.1/24"', given=False)
-    if mode == "isolated" and network.nat.uplink != "auto":
-        yield Complaint(("nat", "uplink"), f'only with mode = "nat"; it is "{about.mode}"')
-    if network.ipv4 is not None:
-        host = network.ipv4.address
-        if network.ipv4.dhcp is not None:
-            yield from _dhcp(network.ipv4.dhcp, host.ip, host.network.network_address, host.network.broadcast_address)
-    yield from _reservations(network)
-
-
-def _joined_bridge(network: Network) -> Iterator[Complaint]:
-    reason = 'only where kvmd makes the bridge; with mode = "bridge" it only adds ports'
-    if network.network.bridge is None:
-        yield Complaint(("network", "bridge"), 'mode = "bridge" needs the name of an existing bridge', given=False)
-    if network.network.stp:
-        yield Complaint(("network", "stp"), reason)
-    if network.ipv4 is not None:
-        yield Complaint(("ipv4",), reason)
-    if network.nat.uplink != "auto":
-        yield Complaint(("nat", "uplink"), reason)
-
-
-def _dhcp(dhcp: Dhcp, host: IPv4Address, low: IPv4Address, high: IPv4Address) -> Iterator[Complaint]:
-    first, last = dhcp.range
-    path = ("ipv4", "dhcp", "range")
-    outside = [address for address in dhcp.range if not low < address < high]
-    if outside:
-        yield Complaint(path, f"{outside[0]} is outside the network's addresses {low + 1} to {high - 1}")
-    elif first > last:
-        yield Complaint(path, f"{first} is above {last}; write the lower one first")
-    elif first <= host <= last:
-        yield Complaint(path, f"{first} to {last} contains the host's own address {host}")
-    if dhcp.lease < _SHORTEST_LEASE:
-        yield Complaint(("ipv4", "dhcp", "lease"), f'"{dhcp.lease}" is too short: at least "{_SHORTEST_LEASE}"')
-
-
-def _reservations(network: Network) -> Iterator[Complaint]:
-    items = network.reservation.items()
-    for name, other, mac in _twice((name, entry.mac) for name, entry in items):
-        yield Complaint(("reservation", name, "mac"), f'"{mac}" is the address of reservation.{other} too')
-    for name, other, address in _twice((name, entry.ipv4) for name, entry in items):
-        yield Complaint(("reservation", name, "ipv4"), f"{address} is the address of reservation.{other} too")
-    for name, entry in items:
-        path = ("reservation", name, "ipv4")
-        if network.ipv4 is None or network.ipv4.dhcp is None:
-            yield Complaint(path, "needs [ipv4.dhcp]: nobody hands the address out")
-        elif (text := address_fault(network, entry.ipv4)) is not None:
-            yield Complaint(path, text)
-
-
-def address_fault(network: Network, address: IPv4Address) -> str | None:
-    """Why a machine on this network cannot have the address; None if it can, or if the network has no subnet."""
-    if network.ipv4 is None:
-        return None
-    host, subnet = network.ipv4.address.ip, network.ipv4.address.network
-    if not subnet.network_address < address < subnet.broadcast_address:
-        return f"{address} is outside the network's addresses {subnet[1]} to {subnet[-2]}"
-    return f"{address} is the host's own address" if address == host else None
+    for name, other, _ in twice((name, (nic.network, nic.ipv6) if nic.ipv6 else None) for name, nic in nics):
+        yield Complaint(("nic", name, "ipv6"), f"{guest.nic[name].ipv6} is the address of nic.{other} too")
 
 
 def host_rules(host: Host) -> Iterator[Complaint]:

@@ -200,6 +200,54 @@ def _ipv4_network(value: object) -> ipaddress.IPv4Network:
         raise ValueError(f'{quote(text)} is not an IPv4 subnet: write for example "10.0.2.0/24"') from None
 
 
+def _ipv6(value: object) -> ipaddress.IPv6Address:
+    if isinstance(value, ipaddress.IPv6Address) and not isinstance(value, ipaddress.IPv6Interface):
+        return value
+    text = _text(value, "an IPv6 address", '"fd50::20"')
+    try:
+        found = ipaddress.IPv6Address(text)
+    except ValueError:
+        raise ValueError(f'{quote(text)} is not an IPv6 address: write for example "fd50::20"') from None
+    if found.scope_id is not None:
+        raise ValueError(f"{quote(text)} names an interface behind %; only the address is wanted")
+    return found
+
+
+def _ip(value: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    if isinstance(value, ipaddress.IPv4Address):
+        return _ipv4(value)
+    if isinstance(value, ipaddress.IPv6Address):
+        return _ipv6(value)
+    text = _text(value, "an address", '"192.0.2.53"')
+    try:
+        return _ipv6(text) if ":" in text else _ipv4(text)
+    except ValueError:
+        wanted = f'{quote(text)} is no address: write for example "192.0.2.53" or "2001:db8::53"'
+        raise ValueError(wanted) from None
+
+
+def _ipv6_interface(value: object) -> ipaddress.IPv6Interface:
+    if isinstance(value, ipaddress.IPv6Interface):
+        return value
+    text = _text(value, "an IPv6 address with its prefix", '"fd50::1/64"')
+    wanted = f'{quote(text)} is not an IPv6 address with its prefix: write for example "fd50::1/64"'
+    if not re.fullmatch(r"[0-9A-Fa-f:.]+/\d{1,3}", text):
+        raise ValueError(wanted)
+    try:
+        found = ipaddress.IPv6Interface(text)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not 48 <= found.network.prefixlen <= 126:
+        raise ValueError(f"{quote(text)}: a prefix between /48 and /126 is wanted")
+    if found.ip.is_multicast or found.ip.is_link_local or found.ip.is_loopback or found.ip.ipv4_mapped:
+        raise ValueError(
+            f"{quote(text)} is no address of a network: take one of fd00::/8, or of what your provider gave"
+        )
+    if found.ip == found.network.network_address:
+        raise ValueError(f"{quote(text)} is the address of any router there (RFC 4291, 2.6.1); the host needs its own")
+    return found
+
+
 def _path(value: object) -> str:
     text = _text(value, "an absolute path", '"/srv/vm/web.qcow2"')
     if not text.startswith("/"):
@@ -355,6 +403,13 @@ Ipv4Interface = Annotated[
     ipaddress.IPv4Interface, PlainValidator(_ipv4_interface), Kind("IPv4 address/prefix", '"192.168.50.1/24"')
 ]
 Ipv4Network = Annotated[ipaddress.IPv4Network, PlainValidator(_ipv4_network), Kind("IPv4 subnet", '"10.0.2.0/24"')]
+Ipv6 = Annotated[ipaddress.IPv6Address, PlainValidator(_ipv6), Kind("IPv6 address", '"fd50::20"')]
+Ipv6InterfaceT = Annotated[
+    ipaddress.IPv6Interface, PlainValidator(_ipv6_interface), Kind("IPv6 address/prefix", '"fd50::1/64"')
+]
+Ip = Annotated[
+    ipaddress.IPv4Address | ipaddress.IPv6Address, PlainValidator(_ip), Kind("IPv4 or IPv6 address", '"192.0.2.53"')
+]
 Path = Annotated[str, PlainValidator(_path), Kind("absolute path", '"/srv/vm/web.qcow2"')]
 Emulator = Annotated[str, PlainValidator(_emulator), Kind("program", '"qemu-system-x86_64"')]
 Interface = Annotated[str, PlainValidator(_interface), Kind("interface name", '"br0"')]

@@ -16,6 +16,7 @@ from typing import Protocol
 from kvmd.config.desired import Desired, Loaded
 from kvmd.effects import checkup_files, checkup_system, nft
 from kvmd.effects.probe import kvm_usable, probe
+from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import KVM_MODULES, HostTree
 from kvmd.errors import KvmdError
 from kvmd.facts import Facts, RunningGuest
@@ -131,6 +132,7 @@ def _facts(tree: HostTree, desired: Desired) -> Facts:
         memory=tree.observe_memory(),
         hugepages=tree.observe_hugepages(),
         knobs=tree.observe_knobs(_KNOBS),
+        ra_uplinks=ra_uplinks(tree),
         guests=tuple(guests),
     )
 

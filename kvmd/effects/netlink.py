@@ -21,6 +21,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_interface
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ _TEMPORARY = frozenset({errno.EBUSY, errno.EAGAIN, errno.ENOBUFS, errno.EINTR})
 _GONE = frozenset({errno.ENODEV, errno.ESRCH, errno.ENXIO, errno.EADDRNOTAVAIL})
 
 _IFF_UP = 0x1  # linux/if.h
+_IFA_F_NODAD = 0x02  # linux/if_addr.h
 _RTMGRP_LINK = 1  # linux/rtnetlink.h
 _TUN = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA  # this and the flags: linux/if_tun.h
@@ -185,6 +187,8 @@ class Netlink:
             mtu=action.mtu,
             ifalias=bridge_alias(action.network),
         )
+        if any(":" in address for address in action.addresses):
+            await asyncio.to_thread(_allow_ipv6, name)
         await self._set_addresses(link, action.addresses)
         await self._link(f"set bridge {name} up", "set", index=link.index, state="up")
 
@@ -212,6 +216,9 @@ class Netlink:
         values = {"index": link.index, "address": str(interface.ip), "prefixlen": interface.network.prefixlen}
         if command == "add" and interface.version == 4:
             values["broadcast"] = str(interface.network.broadcast_address)
+        elif command == "add":
+            # Without ports a bridge has no carrier, and an address that is still being asked about serves nobody.
+            values["flags"] = _IFA_F_NODAD
         what = f"{'give' if command == 'add' else 'take'} {link.name} the address {text}"
         try:
             await self._request(what, lambda route: route.addr(command, **values), gone_ok=command == "del")
@@ -322,6 +329,14 @@ def _drained(route: socket.socket) -> bool:
         if error.errno != errno.ENOBUFS:
             raise _refused("listen for changes of links", error) from None
     return True
+
+
+def _allow_ipv6(bridge: str) -> None:
+    """On a host where IPv6 is off for new links (net.ipv6.conf.default.disable_ipv6) our bridge is the exception."""
+    try:
+        Path(f"/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6").write_text("0")
+    except OSError as error:
+        raise _refused(f"allow IPv6 on bridge {bridge}", error) from None
 
 
 def _checked(name: str) -> str:

@@ -10,6 +10,7 @@ from kvmd.effects import nft
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, JournalEntry
+from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import Facts
 from kvmd.plan import network
@@ -36,6 +37,7 @@ class HostObserver:
             hugepages=self.tree.observe_hugepages(),
             knobs=self.tree.observe_knobs(knobs),
             links=await self.netlink.observe_links() if with_networks else (),
+            ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe() if with_networks else None,
             dnsmasq=self.dnsmasqs.observe(),
         )

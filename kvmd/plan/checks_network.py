@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvmd.config.network import Network, bridge_name
+from kvmd.config.network import Network, bridge_name, is_forwarding, makes_bridge
 from kvmd.plan.checks_memory import apply_fix
 from kvmd.plan.dnsmasq import wants_dnsmasq
 from kvmd.plan.firewall import Finding as Drop
 from kvmd.plan.firewall import bridge_nf as bridge_nf_knobs
 from kvmd.plan.firewall import foreign_forward_drops
 from kvmd.plan.hostreport import Finding, HostReport, Listener, Unseen, fail, ok, skip, warn
-from kvmd.plan.network import ALIAS, FORWARDING
+from kvmd.plan.network import ALIAS, FORWARDING, FORWARDING6
 
 _DNS, _DHCP = PORTS = (53, 67)
 _NO_NETWORK = "no network is declared"
+_NONE_FORWARDS = "no network of mode nat or routed"
 
 
 def _of_mode(report: HostReport, *modes: str) -> Mapping[str, Network]:
@@ -23,7 +24,7 @@ def _of_mode(report: HostReport, *modes: str) -> Mapping[str, Network]:
 
 def nft(report: HostReport) -> Iterator[Finding]:
     """nft(8) writes kvmd's one table."""
-    wanting = _of_mode(report, "nat", "isolated")
+    wanting = {name: net for name, net in sorted(report.desired.networks.items()) if makes_bridge(net)}
     if "nft" in report.programs:
         yield ok("nft is installed")
     elif wanting:
@@ -44,25 +45,38 @@ def dnsmasq(report: HostReport) -> Iterator[Finding]:
 
 
 def forwarding(report: HostReport) -> Iterator[Finding]:
-    """A NAT network needs the host to route (Documentation/networking/ip-sysctl.rst, ip_forward)."""
-    wanting = _of_mode(report, "nat")
-    value = report.facts.knobs.get(FORWARDING)
+    """NAT and routed networks need the host to route (Documentation/networking/ip-sysctl.rst)."""
+    wanting = _forwarding(report)
+    knobs = (
+        (FORWARDING, "net.ipv4.ip_forward", [name for name, net in wanting.items() if net.ipv4]),
+        (FORWARDING6, "net.ipv6.conf.all.forwarding", [name for name, net in wanting.items() if net.ipv6]),
+    )
     if not wanting:
-        yield skip("no network of mode nat")
-    elif value == "1":
-        yield ok("net.ipv4.ip_forward is 1")
-    else:
-        message = f"net.ipv4.ip_forward is {value or 'unreadable'}; network {next(iter(wanting))} needs 1"
-        # Before kvmd runs that is the usual state; while it runs, somebody took it back.
-        judged = fail if report.listening else warn
-        yield judged(message, apply_fix(report))
+        yield skip(_NONE_FORWARDS)
+    for path, name, networks in knobs:
+        value = report.facts.knobs.get(path)
+        if networks and value == "1":
+            yield ok(f"{name} is 1")
+        elif networks and path == FORWARDING6 and report.facts.ra_uplinks:
+            link = report.facts.ra_uplinks[0]
+            message = f"{name} stays {value}: this host learns its own IPv6 way out from routers on {link}"
+            yield fail(message, f"sysctl -w net.ipv6.conf.{link.replace('.', '/')}.accept_ra=2 && kvmd-cli apply")
+        elif networks:
+            message = f"{name} is {value or 'unreadable'}; network {networks[0]} needs 1"
+            # Before kvmd runs that is the usual state; while it runs, somebody took it back.
+            judged = fail if report.listening else warn
+            yield judged(message, apply_fix(report))
+
+
+def _forwarding(report: HostReport) -> Mapping[str, Network]:
+    return {name: net for name, net in sorted(report.desired.networks.items()) if is_forwarding(net)}
 
 
 def firewall(report: HostReport) -> Iterator[Finding]:
-    """Nobody else drops what NAT networks forward."""
-    wanting = _of_mode(report, "nat")
+    """Nobody else drops what NAT and routed networks forward."""
+    wanting = _forwarding(report)
     if not wanting:
-        yield skip("no network of mode nat")
+        yield skip(_NONE_FORWARDS)
         return
     clean = True
     for name, network in wanting.items():

@@ -1,6 +1,6 @@
 """Networks: what is declared against the links, rules and servers that are there. Pure.
 
-kvmd makes the bridge of `nat` and `isolated` networks and marks it with the alias `kvmd:NETWORK`; with mode
+kvmd makes the bridge of `nat`, `routed` and `isolated` networks and marks it with the alias `kvmd:NETWORK`; with mode
 "bridge" it joins one that exists and never changes it. A link without the mark is somebody else's and stays as it is.
 """
 
@@ -23,17 +23,20 @@ from kvmd.actions import (
     StopDnsmasq,
     WriteKnob,
 )
+from kvmd.config.devices import Nic
 from kvmd.config.guest import Guest
-from kvmd.config.network import Network, bridge_name
+from kvmd.config.network import Network, Reservation, bridge_name, is_forwarding, makes_bridge
 from kvmd.facts import Facts, Link
 from kvmd.plan.dnsmasq import Host, build_config, config_sha256, wants_dnsmasq
 from kvmd.plan.nft import EDITED, build_ruleset, fingerprint
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
-KNOBS = (FORWARDING,)  # what facts.knobs must hold for this planner
+FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"  # absent: a kernel without IPv6
+KNOBS = (FORWARDING, FORWARDING6)  # what facts.knobs must hold for this planner
 ALIAS = "kvmd:"
 
 Macs = Mapping[tuple[str, str], str]
+_AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def bridge_alias(network: str) -> str:
@@ -166,7 +169,7 @@ def _plan_bridge(world: _World, name: str, network: Network) -> bool:
     """Plans the bridge; False if guests cannot be plugged in."""
     bridge = bridge_name(name, network)
     link = world.links.get(bridge)
-    if network.network.mode == "bridge":
+    if not makes_bridge(network):
         return _check_joined(world, name, bridge, link)
     if link is not None and not is_our_bridge(link):
         what = f"a {link.kind or 'network interface'}" + (f" marked {link.alias!r}" if link.alias else "")
@@ -176,9 +179,14 @@ def _plan_bridge(world: _World, name: str, network: Network) -> bool:
             f"give networks.d/{name}.toml another network.bridge, or remove that link",
         )
         return False
+    if network.ipv6 and FORWARDING6 not in world.facts.knobs:
+        hint = f"a kernel with CONFIG_IPV6 and without ipv6.disable=1, or take [ipv6] out of networks.d/{name}.toml"
+        world.problem(name, "this kernel has no IPv6", hint)
+        return False
     clash = _subnet_in_use(world, bridge, network)
     if clash:
-        world.problem(name, clash, f"choose another ipv4.address in networks.d/{name}.toml", blocks=link is None)
+        key, message = clash
+        world.problem(name, message, f"choose another {key}.address in networks.d/{name}.toml", blocks=link is None)
         if link is None:
             return False
     change = "create" if link is None else _bridge_change(name, network, link)
@@ -217,7 +225,7 @@ def _check_joined(world: _World, name: str, bridge: str, link: Link | None) -> b
 
 
 def _addresses(network: Network) -> tuple[str, ...]:
-    return (str(network.ipv4.address),) if network.ipv4 else ()
+    return tuple(str(config.address) for config in (network.ipv4, network.ipv6) if config)
 
 
 def _bridge_change(name: str, network: Network, link: Link) -> str:
@@ -240,23 +248,30 @@ def _bridge_change(name: str, network: Network, link: Link) -> str:
     return ", ".join(changes)
 
 
-def _subnet_in_use(world: _World, bridge: str, network: Network) -> str | None:
-    if network.ipv4 is None:
-        return None
-    subnet = network.ipv4.address.network
-    for link in sorted(world.facts.links, key=lambda link: link.name):
-        if link.name == bridge or is_our_bridge(link):
+def _subnet_in_use(world: _World, bridge: str, network: Network) -> tuple[str, str] | None:
+    """The table whose subnet some other link has already, and what to say."""
+    for key, config in (("ipv4", network.ipv4), ("ipv6", network.ipv6)):
+        if config is None:
             continue
-        for text in link.addresses:
-            other = ipaddress.ip_interface(text).network
-            if other.prefixlen and isinstance(other, ipaddress.IPv4Network) and other.overlaps(subnet):
-                return f"{subnet} overlaps {text} on {link.name}: the host could not tell which way to send"
+        subnet = config.address.network
+        for link in sorted(world.facts.links, key=lambda link: link.name):
+            if link.name == bridge or is_our_bridge(link):
+                continue
+            for text in link.addresses:
+                other = ipaddress.ip_interface(text).network
+                if other.prefixlen and other.version == subnet.version and _overlap(other, subnet):
+                    return key, f"{subnet} overlaps {text} on {link.name}: the host could not tell which way to send"
     return None
+
+
+def _overlap(one: _AnyNetwork, other: _AnyNetwork) -> bool:
+    first = max(int(one.network_address), int(other.network_address))
+    return first <= min(int(one.broadcast_address), int(other.broadcast_address))
 
 
 def _leftover(world: _World) -> tuple[Link, ...]:
     """Bridges of ours that no file asks for any more."""
-    wanted = {bridge_name(name, net) for name, net in world.networks.items() if net.network.mode != "bridge"}
+    wanted = {bridge_name(name, net) for name, net in world.networks.items() if makes_bridge(net)}
     return tuple(
         link
         for link in sorted(world.facts.links, key=lambda link: link.name)
@@ -288,19 +303,44 @@ def _plan_ruleset(world: _World) -> None:
 
 
 def _plural(world: _World) -> str:
-    names = sorted(name for name, network in world.networks.items() if network.network.mode != "bridge")
+    names = sorted(name for name, network in world.networks.items() if makes_bridge(network))
     return f"network{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _plan_forwarding(world: _World) -> None:
-    nat = sorted(name for name, network in world.networks.items() if network.network.mode == "nat")
-    if not nat:
+    """The host routes for networks of mode nat and routed (Documentation/networking/ip-sysctl.rst)."""
+    wanting = {name: network for name, network in sorted(world.networks.items()) if is_forwarding(network)}
+    first4 = next((name for name, network in wanting.items() if network.ipv4), None)
+    first6 = next((name for name, network in wanting.items() if network.ipv6), None)
+    if first4:
+        value = world.facts.knobs.get(FORWARDING)
+        if value is None:
+            hint = "is /proc/sys mounted?"
+            world.problem(first4, f"cannot read {FORWARDING}: it needs forwarding", hint, blocks=False)
+        elif value != "1":
+            why = f"network {first4} is of mode {wanting[first4].network.mode}"
+            world.actions.append(WriteKnob(path=FORWARDING, old=value, new="1", why=why))
+    value6 = world.facts.knobs.get(FORWARDING6)
+    if first6 and value6 not in (None, "1"):
+        _plan_forwarding6(world, first6, str(value6))
+
+
+def _plan_forwarding6(world: _World, network: str, value: str) -> None:
+    """A host that forwards IPv6 forgets the default routes it was told by routers, unless accept_ra is 2 there."""
+    lost = world.facts.ra_uplinks
+    if lost:
+        world.problem(
+            network,
+            f"IPv6 is not forwarded: the host itself has its IPv6 way out from router advertisements on"
+            f" {', '.join(lost)}, and would lose it",
+            "; ".join(f"sysctl -w net.ipv6.conf.{link.replace('.', '/')}.accept_ra=2" for link in lost)
+            + " (and a file in /etc/sysctl.d), then kvmd-cli apply",
+            blocks=False,
+        )
         return
-    value = world.facts.knobs.get(FORWARDING)
-    if value is None:
-        world.problem(nat[0], f"cannot read {FORWARDING}: NAT needs forwarding", "is /proc/sys mounted?", blocks=False)
-    elif value != "1":
-        world.actions.append(WriteKnob(path=FORWARDING, old=value, new="1", why=f"network {nat[0]} is NAT"))
+    mode = world.networks[network].network.mode
+    why = f"network {network} is of mode {mode} and has IPv6"
+    world.actions.append(WriteKnob(path=FORWARDING6, old=value, new="1", why=why))
 
 
 def _plan_servers(world: _World, blocked: set[str]) -> None:
@@ -311,7 +351,7 @@ def _plan_servers(world: _World, blocked: set[str]) -> None:
         config = build_config(name, network, _hosts(world, name, network))
         server = running.get(name)
         if server is None:
-            what = "DHCP and DNS" if network.ipv4 and network.ipv4.dhcp and network.dns.enabled else "DHCP or DNS"
+            what = "DHCP and DNS" if network.ipv4 and network.ipv4.dhcp and network.dns.enabled else "DHCP, DNS or IPv6"
             why = f"networks.d/{name}.toml asks for {what}"
             world.actions.append(StartDnsmasq(network=name, config=config, why=why))
         elif not server.config_sha256:
@@ -334,11 +374,14 @@ def _hosts(world: _World, name: str, network: Network) -> list[Host]:
     labels += [(guest, nic, mac, f"{guest}-{nic}") for guest, nic, mac in more]
     hosts = []
     for guest, nic, mac, label in labels:
-        address = world.guests[guest].nic[nic].ipv4
-        hosts.append(Host(_label(label, taken), mac, str(address) if address else None))
+        hosts.append(_host(_label(label, taken), mac, world.guests[guest].nic[nic]))
     for key, entry in sorted(network.reservation.items()):
-        hosts.append(Host(_label(key, taken), entry.mac.lower(), str(entry.ipv4)))
+        hosts.append(_host(_label(key, taken), entry.mac.lower(), entry))
     return hosts
+
+
+def _host(name: str, mac: str, wish: Nic | Reservation) -> Host:
+    return Host(name, mac, str(wish.ipv4) if wish.ipv4 else None, str(wish.ipv6) if wish.ipv6 else None)
 
 
 def _label(text: str, taken: set[str]) -> str:

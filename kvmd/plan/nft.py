@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kvmd.config.network import Network, bridge_name
+from kvmd.config.network import Network, bridge_name, is_translated
 
 TABLE = "inet kvmd"
 REMOVE = f"add table {TABLE}\ndelete table {TABLE}\n"  # `add` first: deleting what is not there is an error
@@ -46,19 +46,35 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class _Family:
+    """One address family of a network."""
+
+    word: str  # nft's: "ip", "ip6"
+    number: str  # "ipv4", "ipv6", as in `meta nfproto`
+    subnet: str
+    address: str
+    translated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Fence:
     """What the rules need to know of one network."""
 
     name: str
     bridge: str
-    subnet: str | None
-    address: str | None
-    nat: bool
+    mode: str
+    families: tuple[_Family, ...]
     uplink: str | None  # None: any way out
     guests_isolated: bool
     host_access: bool
     dhcp: bool
+    dhcp6: bool
     dns: bool
+
+    @property
+    def forwards(self) -> bool:
+        """Whether anything of it passes the host at all."""
+        return self.mode in ("nat", "routed")
 
 
 def _fences(networks: Mapping[str, Network]) -> tuple[_Fence, ...]:
@@ -66,22 +82,31 @@ def _fences(networks: Mapping[str, Network]) -> tuple[_Fence, ...]:
     for name, network in sorted(networks.items()):
         if network.network.mode == "bridge":
             continue
-        ipv4 = network.ipv4
         found.append(
             _Fence(
                 name=name,
                 bridge=bridge_name(name, network),
-                subnet=str(ipv4.address.network) if ipv4 else None,
-                address=str(ipv4.address.ip) if ipv4 else None,
-                nat=network.network.mode == "nat",
+                mode=network.network.mode,
+                families=tuple(_families(network)),
                 uplink=None if network.nat.uplink == "auto" else network.nat.uplink,
                 guests_isolated=network.network.guests_isolated,
                 host_access=network.firewall.host_access,
-                dhcp=ipv4 is not None and ipv4.dhcp is not None,
-                dns=ipv4 is not None and network.dns.enabled,
+                dhcp=network.ipv4 is not None and network.ipv4.dhcp is not None,
+                dhcp6=network.ipv6 is not None and network.ipv6.mode != "none",
+                dns=network.dns.enabled,
             )
         )
     return tuple(found)
+
+
+def _families(network: Network) -> Iterator[_Family]:
+    nat = network.network.mode == "nat"
+    if network.ipv4 is not None:
+        v4 = network.ipv4.address
+        yield _Family("ip", "ipv4", str(v4.network), str(v4.ip), nat)
+    if network.ipv6 is not None:
+        v6 = network.ipv6.address
+        yield _Family("ip6", "ipv6", str(v6.network), str(v6.ip), nat and is_translated(v6))
 
 
 def build_ruleset(networks: Mapping[str, Network]) -> str:
@@ -112,22 +137,47 @@ def _chains(fences: tuple[_Fence, ...]) -> tuple[Chain, ...]:
 
 
 def _forward(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
-    """First all that leads into a network, then all that leads out: else one network's way out is another's way in."""
+    """A packet has to be let out by the network it leaves, then in by the one it enters; then it may pass."""
     for net in fences:
-        to = f'oifname "{net.bridge}"'
+        same = f'iifname "{net.bridge}" oifname "{net.bridge}"'
         if net.guests_isolated:
-            yield Rule(f'iifname "{net.bridge}" {to} drop', f"{net.name}: guests are isolated from each other")
+            yield Rule(f"{same} drop", f"{net.name}: guests are isolated from each other")
         else:
-            yield Rule(f'iifname "{net.bridge}" {to} accept', f"{net.name}: guest to guest")
-        if net.nat:
-            yield Rule(f"{to} ct state established,related accept", f"{net.name}: answers")
-        yield Rule(f"{to} drop", f"{net.name}: nothing reaches in")
+            yield Rule(f"{same} accept", f"{net.name}: guest to guest")
     for net in fences:
-        out = f'iifname "{net.bridge}"'
-        if net.nat:
-            way = f' oifname "{net.uplink}"' if net.uplink else ""
-            yield Rule(f"{out}{way} ip saddr {net.subnet} accept", f"{net.name}: guests out")
-        yield Rule(f"{out} drop", f"{net.name}: no other way out")
+        yield from _leaving(net)
+    for net in fences:
+        yield from _entering(net)
+    for net in fences:
+        if net.forwards:
+            yield Rule(f'iifname "{net.bridge}" accept', f"{net.name}: guests out")
+
+
+def _leaving(net: _Fence) -> Iterator[Rule]:
+    out = f'iifname "{net.bridge}"'
+    if not net.forwards:
+        yield Rule(f"{out} drop", f"{net.name}: no way out")
+        return
+    if net.uplink:
+        yield Rule(f'{out} oifname != "{net.uplink}" drop', f"{net.name}: no other way out")
+    known = {family.number: family for family in net.families}
+    for number in ("ipv4", "ipv6"):
+        family = known.get(number)
+        foreign = f"{family.word} saddr != {family.subnet}" if family else f"meta nfproto {number}"
+        yield Rule(f"{out} {foreign} drop", f"{net.name}: {number} of its own addresses only")
+
+
+def _entering(net: _Fence) -> Iterator[Rule]:
+    to = f'oifname "{net.bridge}"'
+    if net.forwards:
+        yield Rule(f"{to} ct state established,related accept", f"{net.name}: answers")
+    if net.mode == "routed":
+        way = f' iifname "{net.uplink}"' if net.uplink else ""
+        for family in net.families:
+            yield Rule(
+                f"{to}{way} {family.word} daddr {family.subnet} accept", f"{net.name}: {family.number} routed in"
+            )
+    yield Rule(f"{to} drop", f"{net.name}: nothing reaches in")
 
 
 def _input(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
@@ -136,12 +186,12 @@ def _input(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
         at = f'iifname "{net.bridge}"'
         # Linux accepts router advertisements by default: a guest could make itself the host's IPv6 router.
         yield Rule(f"{at} icmpv6 type nd-router-advert drop", f"{net.name}: no guest routes for the host")
-        if net.address:
+        for family in net.families:
             # The kernel answers for any of its addresses on every link: this one is for the network alone.
             others = f'iifname != {{ "lo", "{net.bridge}" }}'
             # `new`: answers to what the host itself asked for from that address come in by the uplink.
-            match = f"{others} ip daddr {net.address} ct state new"
-            yield Rule(f"{match} drop", f"{net.name}: gateway from inside only")
+            match = f"{others} {family.word} daddr {family.address} ct state new"
+            yield Rule(f"{match} drop", f"{net.name}: {family.number} gateway from inside only")
         if not net.host_access:
             yield from _services_only(net, at)
 
@@ -151,16 +201,22 @@ def _services_only(net: _Fence, at: str) -> Iterator[Rule]:
     yield Rule(f"{at} meta l4proto {{ icmp, ipv6-icmp }} accept", f"{net.name}: ping and neighbours")
     if net.dhcp:
         yield Rule(f"{at} udp dport 67 accept", f"{net.name}: DHCP")
-    if net.dns:
-        yield Rule(f"{at} ip daddr {net.address} meta l4proto {{ tcp, udp }} th dport 53 accept", f"{net.name}: DNS")
+    if net.dhcp6:
+        yield Rule(f"{at} udp dport 547 accept", f"{net.name}: DHCPv6")
+    for family in net.families if net.dns else ():
+        match = f"{at} {family.word} daddr {family.address} meta l4proto {{ tcp, udp }} th dport 53"
+        yield Rule(f"{match} accept", f"{net.name}: DNS by {family.number}")
     yield Rule(f"{at} drop", f"{net.name}: firewall.host_access = false")
 
 
 def _postrouting(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
     for net in fences:
-        if net.nat:
-            way = f'oifname "{net.uplink}"' if net.uplink else f'oifname != "{net.bridge}"'
-            yield Rule(f"ip saddr {net.subnet} ip daddr != {net.subnet} {way} masquerade", f"{net.name}: NAT")
+        for family in net.families:
+            if family.translated:
+                way = f'oifname "{net.uplink}"' if net.uplink else f'oifname != "{net.bridge}"'
+                word, subnet = family.word, family.subnet
+                match = f"{word} saddr {subnet} {word} daddr != {subnet} {way}"
+                yield Rule(f"{match} masquerade", f"{net.name}: {family.number} NAT")
 
 
 def _chain_text(chain: Chain) -> str:

@@ -12,7 +12,7 @@ from kvmd.actions import ReplaceRuleset, StartDnsmasq
 from kvmd.config.desired import Desired
 from kvmd.config.load import load
 from kvmd.facts import Facts, Link
-from kvmd.plan.network import FORWARDING, plan_network
+from kvmd.plan.network import FORWARDING, FORWARDING6, plan_network
 
 DATA = Path(__file__).resolve().parent.parent / "data/network"
 MACS: Mapping[tuple[str, str], str] = {
@@ -20,9 +20,12 @@ MACS: Mapping[tuple[str, str], str] = {
     ("web", "second"): "02:00:00:00:00:02",
     ("web", "dmz"): "02:00:00:00:00:03",
     ("db", "lab"): "02:00:00:00:00:04",
+    ("db", "campus"): "02:00:00:00:00:05",
 }
 BR0 = Link("br0", 2, kind="bridge", mac="fc:00:00:00:00:01", up=True)
-FRESH = Facts(links=(Link("lo", 1, up=True, addresses=("127.0.0.1/8",)), BR0), knobs={FORWARDING: "0"})
+FRESH = Facts(
+    links=(Link("lo", 1, up=True, addresses=("127.0.0.1/8",)), BR0), knobs={FORWARDING: "0", FORWARDING6: "0"}
+)
 
 
 def desired() -> Desired:

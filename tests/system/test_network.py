@@ -1,8 +1,4 @@
-"""Networks on the real kernel: bridges, rules, DHCP and TAPs inside namespaces that each test makes and removes.
-
-`Rig.reconcile` is what the manager does: observe, plan, carry out. Fake guests are namespaces with a veth into the
-bridge; busybox is their DHCP client, web server and browser.
-"""
+"""Networks on the real kernel: bridges, rules, DHCP and TAPs inside namespaces that each test makes and removes."""
 
 from __future__ import annotations
 
@@ -11,221 +7,52 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvmd.actions import (
-    Action,
     Disruption,
     EnsureBridge,
     RemoveBridge,
-    ReplaceRuleset,
     StartDnsmasq,
-    StopDnsmasq,
-    WriteKnob,
 )
-from kvmd.config.guest import Guest
-from kvmd.config.network import Network
 from kvmd.effects import nft
 from kvmd.effects.dnsmasq import Dnsmasqs
-from kvmd.effects.netlink import Netlink, watch_links
+from kvmd.effects.netlink import watch_links
 from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.errors import Conflict, HostFailed
-from kvmd.facts import Facts, Link
 from kvmd.plan.firewall import foreign_forward_drops
-from kvmd.plan.network import FORWARDING, bridge_mac, plan_network, tap_alias, tap_mac, tap_name
-from kvmd.units import Duration
+from kvmd.plan.network import FORWARDING, bridge_mac, tap_alias, tap_mac, tap_name
 from tests.rig import golden_network
-from tests.rig.netns import Namespace, inside, private_namespace, veth
+from tests.rig.netns import private_namespace
+from tests.rig.networkrig import (
+    WEB_MAC,
+    Rig,
+    fetch,
+    guest,
+    internet,
+    isolated,
+    lease,
+    nat,
+    network_rig,
+    open_fds,
+    ping,
+    plugged_in,
+    web_server,
+)
 
 pytestmark = pytest.mark.system
-
-WEB_MAC = "02:00:00:00:00:01"
-LEASE_SCRIPT = """#!/bin/sh
-[ "$1" = bound ] || exit 0
-ip addr add "$ip/$mask" dev "$interface"
-[ -z "$router" ] || ip route add default via "$router"
-echo "$dns" > "$STATE.dns"
-echo "$ip" > "$STATE.ip"
-"""
-
-
-def nat(bridge: str = "kvlan", **about: Any) -> Network:
-    return Network.model_validate(
-        {
-            "network": {"mode": "nat", "bridge": bridge, **about},
-            "ipv4": {
-                "address": IPv4Interface("192.168.50.1/24"),
-                "dhcp": {"range": (IPv4Address("192.168.50.100"), IPv4Address("192.168.50.200"))},
-            },
-            "dns": {"domain": "lan.example", "upstream": (IPv4Address("203.0.113.9"),)},
-        }
-    )
-
-
-def isolated(**about: Any) -> Network:
-    return Network.model_validate(
-        {
-            "network": {"mode": "isolated", "bridge": "kvlab", **about},
-            "ipv4": {
-                "address": IPv4Interface("192.168.60.1/24"),
-                "dhcp": {
-                    "range": (IPv4Address("192.168.60.100"), IPv4Address("192.168.60.200")),
-                    "lease": Duration(3600),
-                },
-            },
-        }
-    )
-
-
-def guest(network: str, ipv4: str | None = None) -> Guest:
-    nic: dict[str, Any] = {"network": network}
-    if ipv4:
-        nic["ipv4"] = IPv4Address(ipv4)
-    return Guest.model_validate({"memory": {"size": "64MiB"}, "nic": {"lan": nic}})
-
-
-@dataclass
-class Rig:
-    """The host's side of the tests."""
-
-    netlink: Netlink
-    dnsmasqs: Dnsmasqs
-    host: Namespace
-    networks: dict[str, Network] = field(default_factory=dict)
-    guests: dict[str, Guest] = field(default_factory=dict)
-    macs: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    async def plan(self) -> list[Action]:
-        facts = Facts(
-            links=await self.netlink.observe_links(),
-            nft=await nft.observe(),
-            dnsmasq=self.dnsmasqs.observe(),
-            knobs={FORWARDING: read(FORWARDING)},
-        )
-        actions, problems = plan_network(self.networks, self.guests, self.macs, facts)
-        assert not [str(problem) for problem in problems]
-        return list(actions)
-
-    async def apply(self, action: Action) -> None:
-        match action:
-            case EnsureBridge():
-                await self.netlink.ensure_bridge(action)
-            case RemoveBridge():
-                await self.netlink.remove_bridge(action)
-            case ReplaceRuleset():
-                await nft.replace(action)
-            case StartDnsmasq():
-                await self.dnsmasqs.start(action)
-            case StopDnsmasq():
-                await self.dnsmasqs.stop(action)
-            case WriteKnob():
-                write(action.path, action.new)
-            case _:
-                raise AssertionError(action)
-
-    async def reconcile(self) -> list[str]:
-        actions = await self.plan()
-        for action in actions:
-            await self.apply(action)
-        return [action.line() for action in actions]
-
-    async def converge(self) -> list[str]:
-        lines = await self.reconcile()
-        assert [action.line() for action in await self.plan()] == []
-        return lines
-
-    async def link(self, name: str) -> Link | None:
-        return next((link for link in await self.netlink.observe_links() if link.name == name), None)
 
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    with private_namespace("host") as host, inside(host):
-        async with Netlink() as netlink:
-            rig = Rig(netlink, Dnsmasqs(tmp_path / "run", tmp_path / "state"), host)
-            try:
-                yield rig
-            finally:
-                for server in rig.dnsmasqs.observe():
-                    await rig.dnsmasqs.stop(StopDnsmasq(network=server.network, why="the test ends"))
-
-
-@contextlib.contextmanager
-def plugged_in(rig: Rig, bridge: str, mac: str | None = None) -> Iterator[Namespace]:
-    """A fake guest: a namespace with `eth0`, its cable in the bridge."""
-    with private_namespace("guest") as fake:
-        port = f"kvt{fake.name[-4:]}"
-        veth(rig.host, port, fake, "eth0")
-        if mac:
-            fake.ip(f"link set eth0 address {mac}")
-        rig.host.ip(f"link set {port} master {bridge}")
-        try:
-            yield fake
-        finally:
-            rig.host.ip(f"link del {port}")
-
-
-def lease(fake: Namespace, directory: Path) -> str:
-    """Let busybox ask for an address; returns it."""
-    script, state = directory / f"{fake.name}.sh", directory / fake.name
-    script.write_text(LEASE_SCRIPT)
-    script.chmod(0o755)
-    fake.run("env", f"STATE={state}", "busybox", "udhcpc", "-i", "eth0", "-nqf", "-t5", "-T1", "-s", str(script))
-    return Path(f"{state}.ip").read_text().strip()
-
-
-@contextlib.contextmanager
-def web_server(namespace: Namespace, root: Path, page: str, address: str) -> Iterator[None]:
-    root.mkdir(exist_ok=True)
-    (root / "index.html").write_text(page)
-    with namespace.running("busybox", "httpd", "-f", "-p", f"{address}:80", "-h", str(root)):
-        deadline = time.monotonic() + 5
-        while page not in fetch(namespace, address, timeout_s=1):
-            assert time.monotonic() < deadline, "the web server does not answer where it runs"
-        yield
-
-
-def fetch(namespace: Namespace, address: str, timeout_s: int = 4) -> str:
-    """The page, or what went wrong. (The wget of Debian's static busybox dies of a segmentation fault.)"""
-    script = "import sys, urllib.request as u; u.install_opener(u.build_opener(u.ProxyHandler({})))"
-    script += "; print(u.urlopen(sys.argv[1], timeout=float(sys.argv[2])).read().decode())"
-    return namespace.run(sys.executable, "-I", "-c", script, f"http://{address}/", str(timeout_s), check=False)
-
-
-def ping(namespace: Namespace, address: str) -> bool:
-    return "bytes from" in namespace.run("busybox", "ping", "-c1", "-W2", address, check=False)
-
-
-def read(path: str) -> str:
-    return Path(path).read_text().strip()
-
-
-def write(path: str, text: str) -> None:
-    Path(path).write_text(text)
-
-
-def open_fds() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-@contextlib.contextmanager
-def internet(rig: Rig) -> Iterator[Namespace]:
-    """A second namespace behind the host's uplink; it has no route to the guests' addresses."""
-    with private_namespace("outside") as outside:
-        veth(rig.host, "uplink", outside, "eth0")
-        rig.host.ip("addr add 203.0.113.1/24 dev uplink")
-        outside.ip("addr add 203.0.113.9/24 dev eth0")
-        rig.host.ip("route add default via 203.0.113.9")
-        yield outside
+    async with network_rig(tmp_path) as made:
+        yield made
 
 
 async def test_networks_are_made_and_a_second_plan_is_empty(rig: Rig) -> None:
@@ -370,7 +197,7 @@ async def test_a_guest_gets_its_reservation_a_page_through_nat_and_nobody_comes_
 
             answer = other.run("busybox", "nslookup", "web.lan.example", "192.168.50.1")
             assert "192.168.50.20" in answer
-            leases = {found.ipv4: found for found in rig.dnsmasqs.leases("lan")}
+            leases = {found.address: found for found in rig.dnsmasqs.leases("lan")}
             assert leases["192.168.50.20"].name == "web" and leases["192.168.50.20"].mac == WEB_MAC
             assert leases[pooled].expires > time.time() + 11 * 3600
 

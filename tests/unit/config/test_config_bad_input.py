@@ -446,13 +446,13 @@ CASES = [
     (NETWORK, "", [': network: the table [network] is required (with mode = "nat")']),
     (
         NETWORK,
-        '[network]\nmode = "routed"\n',
-        [':2: network.mode: "routed" is not supported yet (supported: "nat", "isolated", "bridge")'],
+        '[network]\nmode = "macvtap"\n',
+        [':2: network.mode: "macvtap" is not supported yet (supported: "nat", "routed", "isolated", "bridge")'],
     ),
     (
         NETWORK,
         '[network]\nmode = "nat"\n',
-        [': ipv4: mode = "nat" needs [ipv4] (for example address = "192.168.50.1/24")'],
+        [': ipv4: mode = "nat" needs [ipv4] or [ipv6] (for example address = "192.168.50.1/24")'],
     ),
     (
         NETWORK,
@@ -525,7 +525,90 @@ CASES = [
         [":9: reservation.p.ipv4: 10.0.0.1 is the host's own address"],
     ),
     (NETWORK, NAT + '[forward.shop]\nlisten = "203.0.113.7:443"\n', [":5: forward: not supported yet"]),
-    (NETWORK, NAT + '[ipv6]\nmode = "slaac"\n', [":6: ipv6.mode: not supported yet"]),
+    (NETWORK, NAT + '[ipv6]\nmode = "slaac"\n', [':5: ipv6.address: is required (for example address = "fd50::1/64")']),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fd50::1/80"\n',
+        [
+            ':6: ipv6.address: "fd50::1/80": guests can make their own addresses in a /64 only (RFC 4862, 5.5.3) (a /64, or ipv6.mode = "dhcp" or "none")'
+        ],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fd50::1/60"\nmode = "dhcp"\n',
+        [':6: ipv6.address: "fd50::1/60": DHCPv6 wants a prefix between /64 and /120'],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fe80::1/64"\n',
+        [
+            ':6: ipv6.address: "fe80::1/64" is no address of a network: take one of fd00::/8, or of what your provider gave'
+        ],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fd50::/64"\n',
+        [':6: ipv6.address: "fd50::/64" is the address of any router there (RFC 4291, 2.6.1); the host needs its own'],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fd50::1%eth0/64"\n',
+        [':6: ipv6.address: "fd50::1%eth0/64" is not an IPv6 address with its prefix: write for example "fd50::1/64"'],
+    ),
+    (
+        NETWORK,
+        NAT.replace('"nat"', '"nat"\nmtu = 1200') + '[ipv6]\naddress = "fd50::1/64"\n',
+        [":3: network.mtu: 1200 is too small for IPv6: at least 1280 (RFC 8200, 5) (a larger mtu, or no [ipv6])"],
+    ),
+    (
+        NETWORK,
+        NAT + '[dns]\nupstream = ["192.0.2.53", "fd00::g"]\n',
+        [':6: dns.upstream: "fd00::g" is no address: write for example "192.0.2.53" or "2001:db8::53"'],
+    ),
+    (
+        NETWORK,
+        NAT + '[reservation.p]\nmac = "3c:2a:f4:00:00:01"\n',
+        [":5: reservation.p: needs an ipv4 or an ipv6 address"],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv6]\naddress = "fd50::1/64"\n[reservation.p]\nmac = "3c:2a:f4:00:00:01"\nipv6 = "fd50::9"\n',
+        [':9: reservation.p.ipv6: needs [ipv6] with mode = "dhcp": nobody hands the address out'],
+    ),
+    (
+        NETWORK,
+        NAT
+        + '[ipv6]\naddress = "fd50::1/64"\nmode = "dhcp"\n[reservation.p]\nmac = "3c:2a:f4:00:00:01"\nipv6 = "fd51::9"\n',
+        [":10: reservation.p.ipv6: fd51::9 is outside the network's addresses fd50::1 to fd50::ffff:ffff:ffff:ffff"],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\noptions = { ntp-servr = "10.0.0.1" }\n',
+        [':7: ipv4.dhcp.options.ntp-servr: "ntp-servr" is no DHCP option: did you mean "ntp-server"?'],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\noptions = { "51" = 7 }\n',
+        [':7: ipv4.dhcp.options.51: "51" comes from ipv4.dhcp.lease'],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\noptions = { "53" = 7 }\n',
+        [':7: ipv4.dhcp.options.53: "53" belongs to the protocol itself and cannot be set'],
+    ),
+    (
+        NETWORK,
+        NAT + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\noptions = { ntp-server = "10.0.0.1,10.0.0.2" }\n',
+        [
+            ':7: ipv4.dhcp.options.ntp-server: "10.0.0.1,10.0.0.2": 1 to 255 of letters, digits, spaces and ._:/@+=~*()[]- are wanted'
+        ],
+    ),
+    (
+        NETWORK,
+        NAT
+        + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\noptions = { ntp-server = "10.0.0.1", "42" = "10.0.0.2" }\n',
+        [':7: ipv4.dhcp.options.42: "ntp-server" is option 42 too'],
+    ),
     (
         NETWORK,
         NAT + '[dns]\ndomain = "lan..example"\n',

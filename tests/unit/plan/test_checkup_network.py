@@ -12,6 +12,12 @@ from kvmd.errors import HostFailed
 from tests.rig.doctorhost import NETWORK, DoctorHost, doctor_host, expect, socket_row
 
 HEADER = "  sl  local_address ...\n"
+ANY = "0" * 32
+ROUTES6 = f"""\
+20010db8000000000000000000000000 40 {ANY} 00 {ANY} 00000100 00000001 00000000 00040001     eth1
+{ANY} 00 {ANY} 00 fe800000000000000000000000000009 00000400 00000001 00000000 00450003     eth0
+{ANY} 00 {ANY} 00 {ANY} ffffffff 00000001 00000000 00200200       lo
+"""
 BRIDGED = '[network]\nmode = "bridge"\nbridge = "br0"\n'
 
 
@@ -49,6 +55,17 @@ def test_forwarding_was_switched_off(box: DoctorHost) -> None:
     expect(box, "forwarding", "fail", "ip_forward is 0", "lan", fix="kvmd-cli apply")
     box.close()
     expect(box, "forwarding", "warn", fix="systemctl start kvmd")  # kvmd switches it on when it starts
+
+
+def test_ipv6_is_forwarded_unless_the_host_would_forget_its_own_router(box: DoctorHost) -> None:
+    box.config("networks.d/lan.toml", NETWORK.replace('"nat"', '"routed"') + '[ipv6]\naddress = "fd50::1/64"\n')
+    box.write("/proc/sys/net/ipv6/conf/all/forwarding", "0\n")
+    expect(box, "forwarding", "fail", "conf.all.forwarding is 0", "lan", fix="kvmd-cli apply")
+    box.write("/proc/thread-self/net/ipv6_route", ROUTES6)
+    box.write("/proc/sys/net/ipv6/conf/eth0/accept_ra", "1\n")
+    expect(box, "forwarding", "fail", "on eth0", fix="sysctl -w net.ipv6.conf.eth0.accept_ra=2 && kvmd-cli apply")
+    box.write("/proc/sys/net/ipv6/conf/all/forwarding", "1\n")
+    expect(box, "forwarding", "ok")
 
 
 @pytest.mark.parametrize(

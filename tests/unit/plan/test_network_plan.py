@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from typing import Any
 
 import pytest
@@ -25,21 +25,23 @@ from kvmd.config.guest import Guest
 from kvmd.config.network import Network
 from kvmd.facts import Dnsmasq, Facts, Link
 from kvmd.plan.dnsmasq import config_sha256
-from kvmd.plan.network import FORWARDING, bridge_alias, bridge_mac, is_our_bridge, plan_network, tap_name
+from kvmd.plan.network import FORWARDING, FORWARDING6, bridge_alias, bridge_mac, is_our_bridge, plan_network, tap_name
 from kvmd.plan.nft import fingerprint
 
 LO = Link("lo", 1, up=True, addresses=("127.0.0.1/8",))
-FRESH = Facts(links=(LO,), knobs={FORWARDING: "0"})
+FRESH = Facts(links=(LO,), knobs={FORWARDING: "0", FORWARDING6: "0"})
 MAC = "02:00:00:00:00:01"
 
 
-def network(mode: str = "nat", third: int = 50, *, dhcp: bool = True, **about: Any) -> Network:
+def network(mode: str = "nat", third: int = 50, *, dhcp: bool = True, ipv6: str = "", **about: Any) -> Network:
     tables: dict[str, Any] = {"network": {"mode": mode, **about}}
     if mode != "bridge":
         ipv4: dict[str, Any] = {"address": IPv4Interface(f"192.168.{third}.1/24")}
         if dhcp:
             ipv4["dhcp"] = {"range": (IPv4Address(f"192.168.{third}.100"), IPv4Address(f"192.168.{third}.200"))}
         tables["ipv4"] = ipv4
+        if ipv6:
+            tables["ipv6"] = {"address": IPv6Interface(f"fd{third}::1/64"), "mode": ipv6}
     return Network.model_validate(tables)
 
 
@@ -116,17 +118,63 @@ def test_forwarding_that_cannot_be_read_is_a_problem_and_no_write() -> None:
     assert not any(isinstance(action, WriteKnob) for action in actions)
 
 
+def test_both_families_are_forwarded_where_a_network_has_both() -> None:
+    for mode in ("nat", "routed"):
+        actions, problems = plan_network({"lan": network(mode, ipv6="slaac")}, {}, {}, FRESH)
+        assert lines(actions) == [
+            "+ bridge kvlan 192.168.50.1/24 fd50::1/64",
+            "+ nft table inet kvmd",
+            f"~ {FORWARDING}: 0 -> 1",
+            f"~ {FORWARDING6}: 0 -> 1",
+            "+ dnsmasq for network lan",
+        ]
+        assert problems == () and f"mode {mode}" in actions[2].why
+    actions, _ = plan_network({"lan": network(ipv6="slaac")}, {}, {}, carry_out(actions, FRESH))
+    assert not any(isinstance(action, WriteKnob) for action in actions)
+
+
+def test_the_hosts_own_way_out_is_not_forgotten_for_forwarding() -> None:
+    facts = replace(FRESH, ra_uplinks=("eth0.7",))
+    actions, (problem,) = plan_network({"lan": network(ipv6="slaac")}, {}, {}, facts)
+    assert [action.path for action in actions if isinstance(action, WriteKnob)] == [FORWARDING]
+    assert "eth0.7" in problem.message and not problem.guests
+    assert problem.hint is not None and "net.ipv6.conf.eth0/7.accept_ra=2" in problem.hint
+    assert plan_network({"lan": network("isolated", ipv6="slaac")}, {}, {}, facts)[1] == ()
+    forwarding = replace(facts, knobs={**facts.knobs, FORWARDING6: "1"})
+    assert plan_network({"lan": network(ipv6="slaac")}, {}, {}, forwarding)[1] == ()
+
+
+def test_a_kernel_without_ipv6_is_named_and_nothing_is_made() -> None:
+    guests = {"web": guest(lan={"network": "lan"})}
+    facts = replace(FRESH, knobs={FORWARDING: "0"})
+    actions, (problem,) = plan_network({"lan": network(ipv6="slaac")}, guests, {}, facts)
+    assert problem.guests == {"web"} and "this kernel has no IPv6" in problem.message
+    assert not any(isinstance(action, EnsureBridge | StartDnsmasq) for action in actions)
+
+
+def test_an_ipv6_reservation_reaches_the_server() -> None:
+    wish = {"network": "lan", "ipv4": IPv4Address("192.168.50.20"), "ipv6": IPv6Address("fd50::20")}
+    actions, _ = plan_network({"lan": network(ipv6="dhcp")}, {"web": guest(lan=wish)}, {("web", "lan"): MAC}, FRESH)
+    config = next(action.config for action in actions if isinstance(action, StartDnsmasq))
+    assert f"dhcp-host={MAC},192.168.50.20,[fd50::20],web\n" in config
+    assert "host-record=web,192.168.50.20,fd50::20\n" in config
+
+
 NETWORKS = st.dictionaries(
     st.sampled_from(["lan", "lab", "dmz", "office"]),
     st.tuples(
-        st.sampled_from(["nat", "isolated", "bridge"]), st.booleans(), st.booleans(), st.sampled_from([1500, 9000])
+        st.sampled_from(["nat", "routed", "isolated", "bridge"]),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([1500, 9000]),
+        st.sampled_from(["", "none", "slaac", "dhcp"]),
     ),
 ).map(
     lambda chosen: {
-        name: network(mode, 50 + number, dhcp=dhcp, stp=stp and mode != "bridge", mtu=mtu)
+        name: network(mode, 50 + number, dhcp=dhcp, stp=stp, mtu=mtu, ipv6=ipv6)
         if mode != "bridge"
         else network("bridge", bridge="br0")
-        for number, (name, (mode, dhcp, stp, mtu)) in enumerate(sorted(chosen.items()))
+        for number, (name, (mode, dhcp, stp, mtu, ipv6)) in enumerate(sorted(chosen.items()))
     }
 )
 GUESTS = st.dictionaries(
@@ -288,6 +336,9 @@ def test_a_nic_is_no_bridge_and_a_bridge_that_is_down_is_told() -> None:
 
 
 def test_a_subnet_the_host_already_has_elsewhere_is_not_made() -> None:
+    six = Link("enp4s0", 3, up=True, addresses=("10.0.0.1/8", "fd50::7/48"))
+    _, (problem,) = plan_network({"lan": network(ipv6="slaac")}, {}, {}, replace(FRESH, links=(LO, six)))
+    assert "fd50::7/48 on enp4s0" in problem.message and problem.hint is not None and "ipv6.address" in problem.hint
     uplink = Link("enp3s0", 2, up=True, addresses=("192.168.50.77/16", "fd00::1/64"))
     networks = {"lan": network()}
     actions, (problem,) = plan_network(networks, {}, {}, replace(FRESH, links=(LO, uplink)))

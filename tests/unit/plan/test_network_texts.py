@@ -21,7 +21,10 @@ LEASES = """\
 1795430279 02:00:00:00:00:01 192.168.50.120 web 01:02:00:00:00:00:01
 0 CE:8A:A4:AC:A8:04 192.168.50.20 * *
 duid 00:01:00:01:2f:d2:6b:f5:02:00:00:00:00:01
+1795430280 T9 fd50::1:b * 00:03:00:01:02:00:00:00:00:02
+1795430279 123456 fd50::1:a * 00:01:00:01:2f:d2:6b:f5:02:00:00:00:00:01
 1795430279 123456 fd50::5 web 00:01
+1795430279 123456 fd50:::5 web 00:01
 """
 
 
@@ -128,13 +131,25 @@ def test_the_order_of_networks_does_not_matter(order: list[str]) -> None:
     assert build_ruleset({name: NETWORKS[name] for name in order}) == RULESET
 
 
-def test_what_leads_in_is_refused_before_anything_may_go_out() -> None:
-    forward = [
-        line for line in RULESET.splitlines() if "ifname" in line and "comment" in line and "forward" not in line
+def test_a_packet_is_let_out_then_in_then_through() -> None:
+    """Whatever way in comes before a way out, or the other way round, would be a way round the other's fence."""
+    forward = RULESET[RULESET.index("chain forward") : RULESET.index("chain input")].splitlines()[2:-2]
+    stages = [
+        ("guest to guest", "isolated from each other"),
+        ("no way out", "no other way out", "its own addresses only"),
+        ("answers", "routed in", "nothing reaches in"),
+        ("guests out",),
     ]
-    last_in = max(n for n, line in enumerate(forward) if "nothing reaches in" in line)
-    first_out = min(n for n, line in enumerate(forward) if "guests out" in line)
-    assert last_in < first_out
+    found = [next(n for n, words in enumerate(stages) if any(word in line for word in words)) for line in forward]
+    assert found == sorted(found) and set(found) == {0, 1, 2, 3}
+
+
+def test_nobody_forwards_with_a_foreign_address_of_either_family() -> None:
+    for family in ("ip saddr != 192.168.50.0/24", "ip6 saddr != fd50::/64"):
+        assert f'iifname "kvlan" {family} drop' in RULESET
+    assert 'iifname "kv-office0" meta nfproto ipv6 drop' in RULESET
+    assert "ip6 saddr 2001:db8:50::/64" not in RULESET, "what is routed is not translated"
+    assert "ip6 saddr fd50::/64 ip6 daddr != fd50::/64" in RULESET
 
 
 HOSTS = st.builds(
@@ -142,6 +157,7 @@ HOSTS = st.builds(
     name=st.text(string.ascii_lowercase, min_size=1, max_size=8),
     mac=st.sampled_from(["02:00:00:00:00:01", "02:00:00:00:00:02"]),
     ipv4=st.none() | st.sampled_from(["192.168.50.7", "192.168.50.8"]),
+    ipv6=st.none() | st.sampled_from(["fd50::7", "fd50::8"]),
 )
 
 
@@ -167,6 +183,9 @@ def test_leases_are_read_in_order_of_address_and_the_rest_is_passed_over() -> No
     assert parse_leases(LEASES) == (
         Lease(0, "ce:8a:a4:ac:a8:04", "192.168.50.20", None, None),
         Lease(1795430279, "02:00:00:00:00:01", "192.168.50.120", "web", "01:02:00:00:00:00:01"),
+        Lease(1795430279, None, "fd50::5", "web", "00:01"),
+        Lease(1795430279, "02:00:00:00:00:01", "fd50::1:a", None, "00:01:00:01:2f:d2:6b:f5:02:00:00:00:00:01"),
+        Lease(1795430280, "02:00:00:00:00:02", "fd50::1:b", None, "00:03:00:01:02:00:00:00:00:02"),
     )
 
 
