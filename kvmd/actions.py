@@ -123,6 +123,26 @@ class StopDnsmasq(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadModule(Action):
+    """Have modprobe load one kernel module and what it needs."""
+
+    name: str
+
+    def line(self) -> str:
+        return f"+ module {self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadModule(Action):
+    """Remove a module that kvmd loaded and nobody uses."""
+
+    name: str
+
+    def line(self) -> str:
+        return f"- module {self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartGuest(Action):
     """Bring a guest to `running`."""
 
@@ -192,7 +212,17 @@ class EnableGuest(Action):
         return f"{'+' if self.on else '-'} guest {self.guest}: start with the host"
 
 
-HostAction = WriteKnob | SetHugepages | EnsureBridge | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
+HostAction = (
+    WriteKnob
+    | SetHugepages
+    | EnsureBridge
+    | RemoveBridge
+    | ReplaceRuleset
+    | StartDnsmasq
+    | StopDnsmasq
+    | LoadModule
+    | UnloadModule
+)
 GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from kvmd.units import CpuSet
 
@@ -165,6 +165,15 @@ class GuestUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """One kernel module, as /sys/module and /lib/modules/RELEASE tell it."""
+
+    name: str  # the kernel's own, with "_": an alias is resolved
+    state: Literal["loaded", "builtin", "available", "absent", "unknown"]  # unknown: no directory of modules at all
+    users: int = 0  # refcnt of a loaded one
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """The world, read once."""
 
@@ -173,6 +182,9 @@ class Facts:
     memory: Memory = Memory()
     hugepages: tuple[HugepagePool, ...] = ()
     knobs: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # absolute path -> stripped content
+    kernel: str = ""  # release of the running kernel
+    modules: Mapping[str, Module] = field(default_factory=lambda: EMPTY)  # by the name that was asked for
+    nodes: frozenset[str] = frozenset()  # device nodes that are there, of those some module makes
     links: tuple[Link, ...] = ()
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
     nft: str | None = None  # our ruleset's fingerprint comment, None: no table of ours

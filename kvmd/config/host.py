@@ -14,6 +14,7 @@ from kvmd.config.scalars import (
     AutoSize,
     DurationT,
     Interface,
+    ModuleName,
     Number,
     PercentT,
     QemuWord,
@@ -183,7 +184,13 @@ class HostTuning(Table):
 class Modules(Table):
     """[modules]"""
 
-    load: None = later("list of text", "Kernel modules to load.", classic="modprobe")
+    load: tuple[ModuleName, ...] = key(
+        (),
+        "Kernel modules that have to be there; loaded without options (those belong in /etc/modprobe.d).",
+        mark="~",
+        classic="modprobe",
+        example='["tun", "vhost_net"]',
+    )
 
 
 class Sriov(Table):

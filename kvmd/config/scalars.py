@@ -29,6 +29,8 @@ _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _PCI = re.compile(r"([01]?[0-9A-Fa-f])(?:\.[0-7])?")
 _QEMU_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _PRINCIPAL = re.compile(r"@?[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+# Names of kernel modules, and modprobe options never: no name begins with "-" (init/Kconfig, MODULES; kmod(8)).
+_MODULE = re.compile(r"[a-z0-9_][a-z0-9_-]{0,54}")
 _HOSTFWD = re.compile(r"(tcp|udp):([0-9.]*):(\d{1,5})-([0-9.]*):(\d{1,5})")
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 MAX_NODE = 1023  # CONFIG_NODES_SHIFT is at most 10
@@ -280,6 +282,13 @@ def _pci_address(value: object) -> str:
     return text.lower()
 
 
+def _module(value: object) -> str:
+    text = _text(value, "a kernel module's name", '"vhost_net"')
+    if not _MODULE.fullmatch(text):
+        raise ValueError(f'{quote(text)} is not a kernel module\'s name: a-z, 0-9, _ and -, for example "vhost_net"')
+    return text.replace("-", "_")  # one name to the kernel (kernel/module, modprobe(8))
+
+
 def _hostfwd(value: object) -> str:
     example = 'for example "tcp:127.0.0.1:8080-:80"'
     text = _text(value, "a forwarding", '"tcp:127.0.0.1:8080-:80"')
@@ -414,6 +423,7 @@ Path = Annotated[str, PlainValidator(_path), Kind("absolute path", '"/srv/vm/web
 Emulator = Annotated[str, PlainValidator(_emulator), Kind("program", '"qemu-system-x86_64"')]
 Interface = Annotated[str, PlainValidator(_interface), Kind("interface name", '"br0"')]
 PciAddress = Annotated[str, PlainValidator(_pci_address), Kind("PCI slot", '"05.0"')]
+ModuleName = Annotated[str, PlainValidator(_module), Kind("module name", '"vhost_net"')]
 Hostfwd = Annotated[str, PlainValidator(_hostfwd), Kind("forwarding", '"tcp:127.0.0.1:8080-:80"')]
 Domain = Annotated[str, PlainValidator(_domain), Kind("domain name", '"lan.example"')]
 DiskSerial = Annotated[str, PlainValidator(_serial), Kind("text", '"root-01"')]

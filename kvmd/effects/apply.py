@@ -13,14 +13,16 @@ from typing import assert_never
 from kvmd.actions import (
     EnsureBridge,
     HostAction,
+    LoadModule,
     RemoveBridge,
     ReplaceRuleset,
     SetHugepages,
     StartDnsmasq,
     StopDnsmasq,
+    UnloadModule,
     WriteKnob,
 )
-from kvmd.effects import nft, records
+from kvmd.effects import modules, nft, records
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
@@ -69,6 +71,12 @@ class HostApplier:
             case StopDnsmasq():
                 await self._dnsmasqs.stop(action)
                 self._store.forget(records.dnsmasq_key(action.network))
+            case LoadModule():
+                self._journal(records.module_key(action.name), ABSENT, action.name, action.why)
+                await modules.load(self._tree, action.name)
+            case UnloadModule():
+                await modules.unload(self._tree, action.name)
+                self._store.forget(records.module_key(action.name))
             case _:
                 assert_never(action)
 

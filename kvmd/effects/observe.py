@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvmd.config.desired import Desired
-from kvmd.effects import nft
+from kvmd.effects import modules, nft
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, JournalEntry
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import Facts
+from kvmd.plan import modules as module_plan
 from kvmd.plan import network
 from kvmd.plan.ksm import KNOBS
 
@@ -29,6 +30,7 @@ class HostObserver:
         """The facts about the host, without its guests. `journal`: effects of ours in this boot, looked at even when
         no file asks for them any more. HostFailed."""
         knobs = {*KNOBS, *network.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
+        names = {*module_plan.wanted(desired), *(e.subject for e in journal if e.kind == EffectKind.MODULE)}
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
         return Facts(
             boot_id=self.tree.boot_id(),
@@ -36,6 +38,9 @@ class HostObserver:
             memory=self.tree.observe_memory(),
             hugepages=self.tree.observe_hugepages(),
             knobs=self.tree.observe_knobs(knobs),
+            kernel=self.tree.kernel(),
+            modules=modules.observe(self.tree, names),
+            nodes=modules.observe_nodes(self.tree, module_plan.NODES.values()) if names else frozenset(),
             links=await self.netlink.observe_links() if with_networks else (),
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe() if with_networks else None,

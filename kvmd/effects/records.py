@@ -22,6 +22,7 @@ class EffectKind(StrEnum):
     BRIDGE = "bridge"
     RULESET = "ruleset"
     DNSMASQ = "dnsmasq"
+    MODULE = "module"
 
 
 def knob_key(path: str) -> str:
@@ -47,6 +48,11 @@ def ruleset_key(table: str) -> str:
 def dnsmasq_key(network: str) -> str:
     """Journal key of a network's DHCP and DNS server."""
     return f"{EffectKind.DNSMASQ}:{network}"
+
+
+def module_key(name: str) -> str:
+    """Journal key of a kernel module kvmd loaded."""
+    return f"{EffectKind.MODULE}:{name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from kvmd.actions import AnyAction, Disruption, Problem
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
-from kvmd.plan import admission, cpus, guests, hugepages, ksm, network, units
+from kvmd.plan import admission, cpus, guests, hugepages, ksm, modules, network, units
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ def plan(
         hugepages.plan_hugepages(
             host.hugepages, page_needs(desired.guests), facts, reserve=reserve, originals=originals
         ),
+        modules.plan_modules(desired, facts),
         network.plan_network(desired.networks, desired.guests, macs, facts),
         cpus.plan_pins(desired.guests, host, facts),
     )

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvmd.actions import HostAction, RemoveBridge, ReplaceRuleset, SetHugepages, StopDnsmasq, WriteKnob
+from kvmd.actions import (
+    HostAction,
+    RemoveBridge,
+    ReplaceRuleset,
+    SetHugepages,
+    StopDnsmasq,
+    UnloadModule,
+    WriteKnob,
+)
 from kvmd.facts import Facts
 
 WHY = "kvmd lets go of the host"
@@ -55,5 +63,17 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
             return Undo(key, ReplaceRuleset(text="", change="remove", why=WHY) if facts.nft is not None else None)
         case "dnsmasq":
             return Undo(key, StopDnsmasq(network=subject, why=WHY))
+        case "module":
+            return _module(key, subject, facts)
         case _:
             return Undo(key, None, kept=f"{key} was written by another version of kvmd")
+
+
+def _module(key: str, name: str, facts: Facts) -> Undo:
+    """A module goes when nobody uses it; built in or gone, there is nothing to undo."""
+    found = facts.modules.get(name)
+    if found is None or found.state != "loaded":
+        return Undo(key, None)
+    if found.users:
+        return Undo(key, None, kept=f"module {name} stays: it is in use ({found.users} times)")
+    return Undo(key, UnloadModule(name=name, why=WHY))

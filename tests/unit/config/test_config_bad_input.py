@@ -666,6 +666,19 @@ CASES = [
         [':2: cpu.overcommit_ratio: wants a number, for example 4.0; this is the text "4"'],
     ),
     (HOST, "[memory]\nswap_factor = 1.5\n", [":2: memory.swap_factor: 1.5 is outside 0 to 1"]),
+    (
+        HOST,
+        '[modules]\nload = ["tun", "vfio-pci disable_vga=1"]\n',
+        [
+            ':2: modules.load: "vfio-pci disable_vga=1" is not a kernel module\'s name: a-z, 0-9, _ and -, '
+            'for example "vhost_net"'
+        ],
+    ),
+    (
+        HOST,
+        '[modules]\nload = ["-r"]\n',
+        [':2: modules.load: "-r" is not a kernel module\'s name: a-z, 0-9, _ and -, for example "vhost_net"'],
+    ),
     (HOST, "[passthrough]\nallow = []\n", [":2: passthrough.allow: not supported yet"]),
     (
         DAEMON,
