@@ -125,7 +125,9 @@ class _SizePlan:
         originals: Mapping[PoolKey, int],
     ) -> _SizePlan:
         pools = {pool.node: pool for pool in sorted(facts.hugepages, key=_node) if pool.page_bytes == page_bytes}
-        if wish is None or _is_auto(wish):
+        if wish is None:  # left as it is: what was there before kvmd is nothing a guest can have now
+            kept = {node: _persistent(pool) for node, pool in pools.items()}
+        elif _is_auto(wish):
             kept = {node: originals.get((node, page_bytes), _persistent(pool)) for node, pool in pools.items()}
         else:
             kept = dict.fromkeys(pools, 0)
