@@ -88,14 +88,15 @@ class RemoveBridge(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaceRuleset(Action):
-    """Replace our whole nft table in one transaction; an empty text removes it."""
+    """Replace one whole nft table of ours in one transaction; an empty text removes it."""
 
     text: str
     change: str
+    table: str = "inet kvmd"
 
     def line(self) -> str:
         sign = "-" if not self.text else "+" if self.change == "create" else "~"
-        return f"{sign} nft table inet kvmd" + ("" if self.change in ("create", "remove") else f": {self.change}")
+        return f"{sign} nft table {self.table}" + ("" if self.change in ("create", "remove") else f": {self.change}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

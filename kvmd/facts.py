@@ -97,6 +97,15 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Listener:
+    """A socket of the host that waits for packets: bound UDP, or listening TCP."""
+
+    protocol: str  # "tcp" or "udp"
+    address: str  # "0.0.0.0", "::", "203.0.113.7"
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dnsmasq:
     """The DHCP/DNS server of one network, if it runs."""
 
@@ -187,7 +196,9 @@ class Facts:
     nodes: frozenset[str] = frozenset()  # device nodes that are there, of those some module makes
     links: tuple[Link, ...] = ()
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
-    nft: str | None = None  # our ruleset's fingerprint comment, None: no table of ours
+    nft: str | None = None  # fingerprint comment of our table of networks, None: there is none
+    nft_ports: str | None = None  # the same of our table of ports
+    listeners: tuple[Listener, ...] = ()  # looked at only where a port is forwarded
     dnsmasq: tuple[Dnsmasq, ...] = ()
     guests: tuple[RunningGuest, ...] = ()
     lives: tuple[GuestLife, ...] = ()

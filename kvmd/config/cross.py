@@ -16,7 +16,7 @@ from kvmd.config.daemon import Daemon
 from kvmd.config.faults import Complaint
 from kvmd.config.guest import Guest
 from kvmd.config.lines import KeyPath
-from kvmd.config.network import Network, bridge_name
+from kvmd.config.network import Network, bridge_name, overlap
 from kvmd.config.network_rules import Address, address_fault, unserved
 
 
@@ -57,6 +57,29 @@ def _networks_clash(name: str, network: Network, other: str, there: Network) -> 
         own, others = network.ipv6.address.network, there.ipv6.address.network
         if own.overlaps(others):
             yield Complaint(("ipv6", "address"), f"{own} overlaps {others} of networks.d/{other}.toml")
+    for key, wish in network.forward.items():
+        for taken, theirs_too in there.forward.items():
+            if overlap(wish, theirs_too):
+                where = f"networks.d/{other}.toml (forward.{taken})"
+                yield Complaint(
+                    ("forward", key, "listen"), f"{wish.protocol} port {wish.listen.port} belongs to {where}"
+                )
+
+
+def forwards_astray(
+    network: str, config: Network, guests: Mapping[str, Guest], known: frozenset[str]
+) -> Iterator[Complaint]:
+    """Forwards that lead to no guest, or to one without a fixed address. `known`: names that have a file."""
+    for name, wish in config.forward.items():
+        path = ("forward", name, "to")
+        guest = guests.get(wish.to.guest)
+        if wish.to.guest not in known:
+            yield _unknown(path, "guest", wish.to.guest, known, "guests.d")
+        elif guest is not None and not any(nic.network == network for nic in guest.nic.values()):
+            yield Complaint(path, f"guest {wish.to.guest} has no NIC on network {network}")
+        elif guest is not None and not any(nic.network == network and nic.ipv4 for nic in guest.nic.values()):
+            text = f"guest {wish.to.guest} has no fixed address on network {network}"
+            yield Complaint(path, text, f"give its NIC an ipv4 in guests.d/{wish.to.guest}.toml")
 
 
 @dataclass(slots=True)

@@ -92,6 +92,7 @@ class _Loading:
     stale: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)  # guests whose fault may stand in their profile
     keep: dict[str, bytes] = field(default_factory=dict)
+    network_documents: dict[str, Document] = field(default_factory=dict)  # of admitted networks, as they are now
 
     def run(self) -> Loaded:
         self.found.extend(self.tree.faults)
@@ -170,6 +171,7 @@ class _Loading:
             model = self._admissible(name, read, admitted.refuse)
             if model is not None and read.document is not None:
                 self.keep[file] = read.document.raw
+                self.network_documents[name] = read.document
             else:
                 model = self._good("networks.d", file, _network_rules(name))
                 if model is None or admitted.refuse(name, model):
@@ -227,6 +229,9 @@ class _Loading:
                 self.stale.add(name)
             admitted.admit(name, model)
             guests[name] = model
+        for network, document in sorted(self.network_documents.items()):
+            astray = cross.forwards_astray(network, networks[network], guests, frozenset(names))
+            self.found.extend(faults(document, astray))
         return guests
 
     def _settle(self, read: _Read, file: str, name: str, daemon: Daemon) -> None:

@@ -12,12 +12,14 @@ from kvmd.config.scalars import (
     AutoInterface,
     Domain,
     DurationT,
+    GuestPortT,
     Interface,
     Ip,
     Ipv4,
     Ipv4Interface,
     Ipv6,
     Ipv6InterfaceT,
+    ListenT,
     Mac,
     TableName,
 )
@@ -111,9 +113,11 @@ class Nat(Table):
 class Forward(Table):
     """[forward.NAME]"""
 
-    listen: None = later("text", "ADDRESS:PORT on the host.", mark="~")
-    to: None = later("text", "GUEST:PORT.", mark="~")
-    protocol: None = later("text", "tcp or udp.", mark="~")
+    listen: ListenT = key(
+        ..., "Where the host takes it in; without address: any of the host's, loopback excepted.", mark="~"
+    )
+    to: GuestPortT = key(..., "The guest, by its fixed `ipv4` on this network, and its port.", mark="~")
+    protocol: Literal["tcp", "udp"] = key("tcp", "Of the port.", mark="~")
 
 
 class Reservation(Table):
@@ -140,7 +144,7 @@ class Network(Table):
     ipv6: Ipv6Config | None = optional_table("IPv6 on the bridge.")
     dns: Dns = table(Dns)
     nat: Nat = table(Nat)
-    forward: Mapping[TableName, Forward] = named_tables("A port of the host that leads to a guest.", later=True)
+    forward: Mapping[TableName, Forward] = named_tables("A port of the host that leads to a guest.")
     reservation: Mapping[TableName, Reservation] = named_tables("A fixed address.")
     firewall: Firewall = table(Firewall)
 
@@ -169,3 +173,10 @@ def bridge_name(name: str, network: Network) -> str:
     `rules.py` refuses files where that would pass the 15 bytes of an interface name.
     """
     return network.network.bridge or _BRIDGE_PREFIX + name
+
+
+def overlap(one: Forward, other: Forward) -> bool:
+    """Whether two forwards would take the same packets."""
+    if (one.protocol, one.listen.port) != (other.protocol, other.listen.port):
+        return False
+    return None in (one.listen.address, other.listen.address) or one.listen.address == other.listen.address

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from kvmd.config.dhcpoptions import option_number
 from kvmd.config.faults import Complaint
-from kvmd.config.network import Dhcp, Network, bridge_name, is_forwarding, is_translated
+from kvmd.config.network import Dhcp, Network, bridge_name, is_forwarding, is_translated, overlap
 from kvmd.config.rules import twice
 from kvmd.units import Duration
 
@@ -36,6 +36,22 @@ def network_rules(name: str, network: Network) -> Iterator[Complaint]:
         yield from _dhcp(network.ipv4.dhcp, host.ip, host.network.network_address, host.network.broadcast_address)
     yield from _ipv6(network)
     yield from _reservations(network)
+    yield from _forwards(network)
+
+
+def _forwards(network: Network) -> Iterator[Complaint]:
+    mode = network.network.mode
+    for number, (name, wish) in enumerate(network.forward.items()):
+        path = ("forward", name)
+        if mode == "isolated":
+            text = 'mode = "isolated" lets nothing in or out'
+            yield Complaint(path, text, 'mode = "nat", with guests_isolated = true if they must not see each other')
+        elif not is_forwarding(network):
+            yield Complaint(path, f'mode = "{mode}": kvmd routes nothing there; guests have addresses of their own')
+        for other, there in list(network.forward.items())[:number]:
+            if overlap(wish, there):
+                text = f"{wish.protocol} port {wish.listen.port} is taken by forward.{other} already"
+                yield Complaint((*path, "listen"), text, "one port leads to one guest")
 
 
 def _joined_bridge(network: Network) -> Iterator[Complaint]:

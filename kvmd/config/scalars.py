@@ -303,6 +303,51 @@ def _hostfwd(value: object) -> str:
     return text
 
 
+class Listen(NamedTuple):
+    """A port of the host; address None: any address of the host but loopback."""
+
+    address: ipaddress.IPv4Address | None
+    port: int
+
+
+class GuestPort(NamedTuple):
+    """A port of a guest."""
+
+    guest: str
+    port: int
+
+
+def _port(text: str, number: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", number) or not 0 < int(number) < 65536:
+        raise ValueError(f"{quote(text)}: {quote(number)} is not a port between 1 and 65535")
+    return int(number)
+
+
+def _listen(value: object) -> Listen:
+    if isinstance(value, Listen):
+        return value
+    text = _text(value, "ADDRESS:PORT or :PORT", '"203.0.113.7:443"')
+    address, colon, number = text.rpartition(":")
+    if not colon or address.startswith("["):
+        example = 'write for example "203.0.113.7:443", or ":443" for every address of the host'
+        raise ValueError(f"{quote(text)} is not an IPv4 address and a port: {example}")
+    found = None if address in ("", "*") else _ipv4(address)
+    if found is not None and (found.is_loopback or found.is_unspecified or found.is_multicast):
+        hint = 'for every address of the host write ":PORT"'
+        raise ValueError(f"{quote(text)}: packets to {found} cannot be sent on to a guest; {hint}")
+    return Listen(found, _port(text, number))
+
+
+def _guest_port(value: object) -> GuestPort:
+    if isinstance(value, GuestPort):
+        return value
+    text = _text(value, "GUEST:PORT", '"web:443"')
+    guest, colon, number = text.rpartition(":")
+    if not colon:
+        raise ValueError(f'{quote(text)} names no port: write for example "web:443"')
+    return GuestPort(guest_name(guest), _port(text, number))
+
+
 def _domain(value: object) -> str:
     text = _text(value, "a domain name", '"lan.example"')
     if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in text.split(".")):
@@ -425,6 +470,8 @@ Interface = Annotated[str, PlainValidator(_interface), Kind("interface name", '"
 PciAddress = Annotated[str, PlainValidator(_pci_address), Kind("PCI slot", '"05.0"')]
 ModuleName = Annotated[str, PlainValidator(_module), Kind("module name", '"vhost_net"')]
 Hostfwd = Annotated[str, PlainValidator(_hostfwd), Kind("forwarding", '"tcp:127.0.0.1:8080-:80"')]
+ListenT = Annotated[Listen, PlainValidator(_listen), Kind("ADDRESS:PORT or :PORT", '"203.0.113.7:443"')]
+GuestPortT = Annotated[GuestPort, PlainValidator(_guest_port), Kind("GUEST:PORT", '"web:443"')]
 Domain = Annotated[str, PlainValidator(_domain), Kind("domain name", '"lan.example"')]
 DiskSerial = Annotated[str, PlainValidator(_serial), Kind("text", '"root-01"')]
 BootOrder = Annotated[

@@ -28,7 +28,6 @@ from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 
-RULESET = "inet kvmd"
 ABSENT = ""  # the original of something that was not there
 
 
@@ -61,10 +60,10 @@ class HostApplier:
                 await self._netlink.remove_bridge(action)
                 self._store.forget(records.bridge_key(action.bridge))
             case ReplaceRuleset():
-                self._journal(records.ruleset_key(RULESET), ABSENT, action.change, action.why)
+                self._journal(records.ruleset_key(action.table), ABSENT, action.change, action.why)
                 await nft.replace(action)
                 if not action.text:
-                    self._store.forget(records.ruleset_key(RULESET))
+                    self._store.forget(records.ruleset_key(action.table))
             case StartDnsmasq():
                 self._journal(records.dnsmasq_key(action.network), ABSENT, action.network, action.why)
                 await self._dnsmasqs.start(action)

@@ -6,21 +6,14 @@ import ctypes
 import os
 import socket
 from collections.abc import Mapping
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Literal
 
+from kvmd.effects.listeners import rows as waiting
 from kvmd.effects.tree import Tree
 from kvmd.plan.checks_network import PORTS
 from kvmd.plan.hostreport import Clock, HostLink, Listener, Unseen
 
-_TCP_LISTEN, _UDP_BOUND = "0A", "07"  # net/tcp_states.h: TCP_LISTEN; an unconnected UDP socket is TCP_CLOSE
-_TABLES: tuple[tuple[Literal["udp", "tcp"], str, str], ...] = (
-    ("udp", "/proc/net/udp", _UDP_BOUND),
-    ("udp", "/proc/net/udp6", _UDP_BOUND),
-    ("tcp", "/proc/net/tcp", _TCP_LISTEN),
-    ("tcp", "/proc/net/tcp6", _TCP_LISTEN),
-)
 _IFF_TAP = 0x0002  # linux/if_tun.h
 _TIMEKEEPERS = ("chronyd", "systemd-timesyn", "ntpd", "ntpsec", "openntpd", "ptp4l")  # 15 bytes of the name
 _STA_UNSYNC = 0x0040  # linux/timex.h
@@ -60,12 +53,7 @@ def _link(tree: Tree, name: str) -> HostLink:
 
 def listeners(tree: Tree, networks_dir: Path) -> tuple[Listener, ...]:
     """Who waits on the ports kvmd's servers want; those whose configuration lies in `networks_dir` are ours."""
-    rows = [
-        (protocol, *_endpoint(fields[1]), fields[9])
-        for protocol, path, state in _TABLES
-        for fields in map(str.split, (tree.read(path) or "").splitlines()[1:])
-        if len(fields) > 9 and fields[3] == state and int(fields[1].rpartition(":")[2], 16) in PORTS
-    ]
+    rows = [row for row in waiting(tree) if row[2] in PORTS]
     owners = _owners(tree, {inode for *_, inode in rows})
     found = []
     for protocol, address, port, inode in rows:
@@ -74,13 +62,6 @@ def listeners(tree: Tree, networks_dir: Path) -> tuple[Listener, ...]:
         command = (tree.read(f"/proc/{pid}/cmdline") or "") if pid else ""
         found.append(Listener(protocol, address, port, pid, name, f"--conf-file={networks_dir}/" in command))
     return tuple(found)
-
-
-def _endpoint(text: str) -> tuple[str, int]:
-    """Address and port of "0100007F:0035": words of the host's byte order (little-endian wherever QEMU has KVM)."""
-    words, _, port = text.partition(":")
-    raw = b"".join(bytes.fromhex(words[at : at + 8])[::-1] for at in range(0, len(words), 8))
-    return str(IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)), int(port, 16)
 
 
 def _owners(tree: Tree, inodes: set[str]) -> Mapping[str, int]:

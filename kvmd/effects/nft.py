@@ -1,4 +1,4 @@
-"""kvmd's one nftables table, read and replaced by nft(8). What is in it is decided in plan/nft.py.
+"""kvmd's nftables tables, read and replaced by nft(8). What is in them is decided in plan/nft.py and plan/guard.py.
 
 The replacement is one `nft -f -`, which the kernel carries out wholly or not at all.
 """
@@ -12,7 +12,7 @@ import subprocess
 
 from kvmd.actions import ReplaceRuleset
 from kvmd.errors import HostFailed
-from kvmd.plan.nft import REMOVE, TABLE, read_fingerprint
+from kvmd.plan.nfttable import read_fingerprint, remove_text
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 _DEADLINE_S = 10.0
@@ -47,31 +47,31 @@ def _refused(what: str, done: subprocess.CompletedProcess[str]) -> HostFailed:
     return HostFailed(f"nft refused {what}: {reason}", hint=hint)
 
 
-async def observe() -> str | None:
-    """The fingerprint of our table (plan/nft.py), None if there is no table of ours. Raises HostFailed.
+async def observe(table: str) -> str | None:
+    """The fingerprint of a table of ours (plan/nfttable.py), None if it is not there. Raises HostFailed.
 
     Without nft nothing can have made the table: None too, and the plan's `replace` says what is missing.
     """
-    done = await asyncio.to_thread(_run, ("-j", "list", "table", *TABLE.split()))
+    done = await asyncio.to_thread(_run, ("-j", "list", "table", *table.split()))
     if done is None:
         return None
     if done.returncode:
         if _ABSENT in done.stderr:
             return None
-        raise _refused(f"to list table {TABLE}", done)
+        raise _refused(f"to list table {table}", done)
     try:
         return read_fingerprint(done.stdout)
     except ValueError as error:
-        raise HostFailed(f"cannot read what nft says of table {TABLE}: {error}") from None
+        raise HostFailed(f"cannot read what nft says of table {table}: {error}") from None
 
 
 async def replace(action: ReplaceRuleset) -> None:
     """Make the table exactly the action's text, or remove it for an empty one. Raises HostFailed."""
-    done = await asyncio.to_thread(_run, ("-f", "-"), action.text or REMOVE)
+    done = await asyncio.to_thread(_run, ("-f", "-"), action.text or remove_text(action.table))
     if done is None:
         raise HostFailed("nft is not installed", hint="apt-get install nftables")
     if done.returncode:
-        raise _refused(f"table {TABLE}", done)
+        raise _refused(f"table {action.table}", done)
 
 
 async def list_ruleset() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvmd.config.desired import Desired
-from kvmd.effects import modules, nft
+from kvmd.effects import listeners, modules, nft
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, JournalEntry
@@ -16,6 +16,7 @@ from kvmd.facts import Facts
 from kvmd.plan import modules as module_plan
 from kvmd.plan import network
 from kvmd.plan.ksm import KNOBS
+from kvmd.plan.nfttable import NETWORKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class HostObserver:
             nodes=modules.observe_nodes(self.tree, module_plan.NODES.values()) if names else frozenset(),
             links=await self.netlink.observe_links() if with_networks else (),
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
-            nft=await nft.observe() if with_networks else None,
+            nft=await nft.observe(NETWORKS) if with_networks else None,
+            listeners=listeners.observe(self.tree) if any(net.forward for net in desired.networks.values()) else (),
             dnsmasq=self.dnsmasqs.observe(),
         )

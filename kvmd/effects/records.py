@@ -41,7 +41,7 @@ def bridge_key(bridge: str) -> str:
 
 
 def ruleset_key(table: str) -> str:
-    """Journal key of kvmd's nft table ("inet kvmd")."""
+    """Journal key of an nft table of kvmd's ("inet kvmd")."""
     return f"{EffectKind.RULESET}:{table}"
 
 

@@ -28,7 +28,9 @@ from kvmd.config.guest import Guest
 from kvmd.config.network import Network, Reservation, bridge_name, is_forwarding, makes_bridge
 from kvmd.facts import Facts, Link
 from kvmd.plan.dnsmasq import Host, build_config, config_sha256, wants_dnsmasq
-from kvmd.plan.nft import EDITED, build_ruleset, fingerprint
+from kvmd.plan.forwards import plan_forwards
+from kvmd.plan.nft import build_ruleset
+from kvmd.plan.nfttable import difference
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
 FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"  # absent: a kernel without IPv6
@@ -285,18 +287,18 @@ def _removal_disruption(world: _World, bridges: tuple[Link, ...]) -> Disruption:
 
 
 def _plan_ruleset(world: _World) -> None:
-    text = build_ruleset(world.networks)
-    there, wanted = world.facts.nft, fingerprint(text)
-    if there == wanted:
+    openings, problems = plan_forwards(world.networks, world.guests, world.facts)
+    world.problems.extend(problems)
+    text = build_ruleset(world.networks, openings)
+    change = difference(text, world.facts.nft)
+    if change is None:
         return
-    if not text:
-        change, why = "remove", "no network needs rules any more"
-    elif there is None:
-        change, why = "create", f"rules of {_plural(world)}"
-    elif there == f"{wanted}{EDITED}":
-        change, why = "as declared again", "somebody changed it by hand"
+    if change == "remove":
+        why = "no network needs rules any more"
+    elif change == "as declared again":
+        why = "somebody changed it by hand"
     else:
-        change, why = "rules differ", f"rules of {_plural(world)}"
+        why = f"rules of {_plural(world)}"
     # Without its rules a bridge that still has guests would lose its way out and its fence.
     disruption = _removal_disruption(world, _leftover(world))
     world.actions.append(ReplaceRuleset(text=text, change=change, why=why, disruption=disruption))

@@ -1,48 +1,16 @@
-"""The one nftables table of kvmd, `inet kvmd`, as text: pure, and the same text for the same networks in any order.
+"""The rules of kvmd's networks, the table `inet kvmd`: pure, and the same text for the same networks in any order.
 
-The table is replaced whole, in one transaction. What was put there is written into it, as the comment of the only
-rule of the chain `about`: a digest of the text, and a digest of the *shape* (chains, and the comments of their rules
-in order). The first tells kvmd that the files ask for something else now, the second that somebody else has been in
-the table. The shape is used, not the listing, because nft's listing differs from what was fed to it and from version
-to version.
-
-Reference for statements and hooks: nft(8). This module must not run nft.
+Reference for statements and hooks: nft(8). How a table is rendered and recognised: nfttable.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvmd.config.network import Network, bridge_name, is_translated
-
-TABLE = "inet kvmd"
-REMOVE = f"add table {TABLE}\ndelete table {TABLE}\n"  # `add` first: deleting what is not there is an error
-EDITED = " edited"  # behind the fingerprint of a table that is not as we left it
-_MARK = "kvmd sha256:"
-_ABOUT = "about"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rule. The comment names network and purpose; nft takes at most 128 bytes of it."""
-
-    text: str
-    comment: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """One base chain. `priority` as a number: that is how nft lists it in JSON in every version."""
-
-    name: str
-    kind: str
-    hook: str
-    priority: int
-    rules: tuple[Rule, ...]
-    policy: str = "accept"
+from kvmd.plan.forwards import Opening
+from kvmd.plan.nfttable import NETWORKS, Chain, Rule, base, table_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +38,7 @@ class _Fence:
     dhcp: bool
     dhcp6: bool
     dns: bool
+    ways_in: tuple[Opening, ...]
 
     @property
     def forwards(self) -> bool:
@@ -77,8 +46,9 @@ class _Fence:
         return self.mode in ("nat", "routed")
 
 
-def _fences(networks: Mapping[str, Network]) -> tuple[_Fence, ...]:
+def _fences(networks: Mapping[str, Network], openings: Iterable[Opening]) -> tuple[_Fence, ...]:
     found = []
+    ways_in = sorted(openings, key=lambda way: way.name)
     for name, network in sorted(networks.items()):
         if network.network.mode == "bridge":
             continue
@@ -94,6 +64,7 @@ def _fences(networks: Mapping[str, Network]) -> tuple[_Fence, ...]:
                 dhcp=network.ipv4 is not None and network.ipv4.dhcp is not None,
                 dhcp6=network.ipv6 is not None and network.ipv6.mode != "none",
                 dns=network.dns.enabled,
+                ways_in=tuple(way for way in ways_in if way.network == name),
             )
         )
     return tuple(found)
@@ -109,31 +80,44 @@ def _families(network: Network) -> Iterator[_Family]:
         yield _Family("ip6", "ipv6", str(v6.network), str(v6.ip), nat and is_translated(v6))
 
 
-def build_ruleset(networks: Mapping[str, Network]) -> str:
-    """Input for `nft -f -` that makes the table what these networks need; "" when they need none."""
-    fences = _fences(networks)
-    if not fences:
-        return ""
-    chains = _chains(fences)
-    body = "".join(map(_chain_text, chains))
-    digest = hashlib.sha256(body.encode()).hexdigest()[:32]
-    about = f'\tchain {_ABOUT} {{\n\t\treturn comment "{_MARK}{digest} shape:{_shape_of(chains)}"\n\t}}\n'
-    return f"{REMOVE}table {TABLE} {{\n{about}{body}}}\n"
-
-
-def fingerprint(text: str) -> str | None:
-    """The fingerprint inside a text of `build_ruleset`; None for the empty one."""
-    start = text.find(_MARK)
-    return None if start < 0 else text[start : text.index('"', start)]
+def build_ruleset(networks: Mapping[str, Network], openings: Iterable[Opening] = ()) -> str:
+    """Input for `nft -f -` that makes the table what these networks and forwards need; "" when they need none."""
+    return table_text(NETWORKS, _chains(_fences(networks, openings)))
 
 
 def _chains(fences: tuple[_Fence, ...]) -> tuple[Chain, ...]:
-    chains = (
-        Chain("forward", "filter", "forward", 0, tuple(_forward(fences))),
-        Chain("input", "filter", "input", 0, tuple(_input(fences))),
-        Chain("postrouting", "nat", "postrouting", 100, tuple(_postrouting(fences))),
+    redirects = tuple(_redirect(way) for net in fences for way in net.ways_in)
+    return (
+        base("prerouting", "nat", "prerouting", -100, redirects),
+        base("output", "nat", "output", -100, redirects),
+        base("forward", "filter", "forward", 0, _forward(fences)),
+        base("input", "filter", "input", 0, _input(fences)),
+        base("postrouting", "nat", "postrouting", 100, (*_postrouting(fences), *_hairpins(fences))),
     )
-    return tuple(chain for chain in chains if chain.rules)
+
+
+def _redirect(way: Opening) -> Rule:
+    """From the host's port to the guest's. Loopback stays out: a packet from 127.0.0.1 cannot leave the host."""
+    at = f"ip daddr {way.address}" if way.address else "ip daddr != 127.0.0.0/8 fib daddr type local"
+    match = f"{at} {way.protocol} dport {way.port}"
+    return Rule(f"{match} dnat ip to {way.guest_address}:{way.guest_port}", _name(way))
+
+
+def _name(way: Opening) -> str:
+    return f"{way.network}: forward {way.name}"
+
+
+def _arrives(way: Opening) -> str:
+    return f"ip daddr {way.guest_address} {way.protocol} dport {way.guest_port} ct status dnat"
+
+
+def _hairpins(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
+    """A guest that asks for the host's port is sent back into its own network: the answer must come by the host."""
+    for net in fences:
+        subnet = next((family.subnet for family in net.families if family.word == "ip"), None)
+        for way in net.ways_in if subnet else ():
+            match = f'oifname "{net.bridge}" ip saddr {subnet} {_arrives(way)}'
+            yield Rule(f"{match} masquerade", f"{_name(way)}: from inside")
 
 
 def _forward(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
@@ -158,6 +142,8 @@ def _leaving(net: _Fence) -> Iterator[Rule]:
     if not net.forwards:
         yield Rule(f"{out} drop", f"{net.name}: no way out")
         return
+    if net.ways_in:
+        yield Rule(f"{out} ct status dnat ct direction reply accept", f"{net.name}: answers of forwards")
     if net.uplink:
         yield Rule(f'{out} oifname != "{net.uplink}" drop', f"{net.name}: no other way out")
     known = {family.number: family for family in net.families}
@@ -171,6 +157,8 @@ def _entering(net: _Fence) -> Iterator[Rule]:
     to = f'oifname "{net.bridge}"'
     if net.forwards:
         yield Rule(f"{to} ct state established,related accept", f"{net.name}: answers")
+    for opening in net.ways_in:
+        yield Rule(f"{to} {_arrives(opening)} accept", _name(opening))
     if net.mode == "routed":
         way = f' iifname "{net.uplink}"' if net.uplink else ""
         for family in net.families:
@@ -217,46 +205,3 @@ def _postrouting(fences: tuple[_Fence, ...]) -> Iterator[Rule]:
                 word, subnet = family.word, family.subnet
                 match = f"{word} saddr {subnet} {word} daddr != {subnet} {way}"
                 yield Rule(f"{match} masquerade", f"{net.name}: {family.number} NAT")
-
-
-def _chain_text(chain: Chain) -> str:
-    head = f"type {chain.kind} hook {chain.hook} priority {chain.priority}; policy {chain.policy};"
-    rules = "".join(f'\t\t{rule.text} comment "{rule.comment}"\n' for rule in chain.rules)
-    return f"\tchain {chain.name} {{\n\t\t{head}\n{rules}\t}}\n"
-
-
-def _shape_of(chains: Iterable[Chain]) -> str:
-    return _digest(
-        ([chain.name, chain.hook, chain.priority, chain.policy], [rule.comment for rule in chain.rules])
-        for chain in chains
-    )
-
-
-def _digest(chains: Iterable[tuple[list[object], list[str]]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(chains)).encode()).hexdigest()[:16]
-
-
-def read_fingerprint(listing: str) -> str:
-    """The fingerprint in what `nft -j list table inet kvmd` prints, EDITED behind it if somebody changed the table.
-
-    A table without our mark gives "unmarked". Raises ValueError for anything that is not such a listing.
-    """
-    heads: dict[str, list[object]] = {}
-    comments: dict[str, list[str]] = {}
-    try:
-        for item in json.loads(listing)["nftables"]:
-            if "chain" in item:
-                chain = item["chain"]
-                heads[chain["name"]] = [chain["name"], chain.get("hook"), chain.get("prio"), chain.get("policy")]
-            elif "rule" in item:
-                comments.setdefault(item["rule"]["chain"], []).append(item["rule"].get("comment", ""))
-            elif item.keys() & {"set", "map", "element", "flowtable"}:
-                heads[f"+{len(heads)}"] = sorted(item)  # we make none
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a listing of nft: {error!r}") from None
-    marks = comments.pop(_ABOUT, [])
-    heads.pop(_ABOUT, None)
-    if len(marks) != 1 or not marks[0].startswith(_MARK):
-        return "unmarked"
-    shape = _digest((head, comments.get(name, [])) for name, head in heads.items())
-    return marks[0] if marks[0].endswith(f" shape:{shape}") else marks[0] + EDITED

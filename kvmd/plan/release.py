@@ -19,6 +19,7 @@ from kvmd.actions import (
     WriteKnob,
 )
 from kvmd.facts import Facts
+from kvmd.plan.nfttable import PORTS
 
 WHY = "kvmd lets go of the host"
 
@@ -60,7 +61,9 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
         case "bridge":
             return Undo(key, RemoveBridge(bridge=subject, why=WHY))
         case "ruleset":
-            return Undo(key, ReplaceRuleset(text="", change="remove", why=WHY) if facts.nft is not None else None)
+            there = facts.nft_ports if subject == PORTS else facts.nft
+            remove = ReplaceRuleset(text="", change="remove", table=subject, why=WHY)
+            return Undo(key, remove if there is not None else None)
         case "dnsmasq":
             return Undo(key, StopDnsmasq(network=subject, why=WHY))
         case "module":

@@ -22,7 +22,7 @@ MACS: Mapping[tuple[str, str], str] = {
     ("db", "lab"): "02:00:00:00:00:04",
     ("db", "campus"): "02:00:00:00:00:05",
 }
-BR0 = Link("br0", 2, kind="bridge", mac="fc:00:00:00:00:01", up=True)
+BR0 = Link("br0", 2, kind="bridge", mac="fc:00:00:00:00:01", up=True, addresses=("203.0.113.7/24",))
 FRESH = Facts(
     links=(Link("lo", 1, up=True, addresses=("127.0.0.1/8",)), BR0), knobs={FORWARDING: "0", FORWARDING6: "0"}
 )

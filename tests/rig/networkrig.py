@@ -34,6 +34,7 @@ from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.tree import Tree
 from kvmd.facts import Facts, Link
 from kvmd.plan.network import KNOBS, plan_network
+from kvmd.plan.nfttable import NETWORKS
 from kvmd.units import Duration
 from tests.rig.netns import Namespace, inside, private_namespace, veth
 
@@ -97,7 +98,7 @@ class Rig:
         """What a plan has to say now."""
         facts = Facts(
             links=await self.netlink.observe_links(),
-            nft=await nft.observe(),
+            nft=await nft.observe(NETWORKS),
             dnsmasq=self.dnsmasqs.observe(),
             knobs={path: read(path) for path in KNOBS},
             ra_uplinks=ra_uplinks(Tree()),

@@ -524,7 +524,57 @@ CASES = [
         + '[ipv4.dhcp]\nrange = ["10.0.0.2", "10.0.0.9"]\n[reservation.p]\nmac = "3c:2a:f4:00:00:01"\nipv4 = "10.0.0.1"\n',
         [":9: reservation.p.ipv4: 10.0.0.1 is the host's own address"],
     ),
-    (NETWORK, NAT + '[forward.shop]\nlisten = "203.0.113.7:443"\n', [":5: forward: not supported yet"]),
+    (
+        NETWORK,
+        NAT + '[forward.shop]\nlisten = "203.0.113.7:443"\n',
+        [':5: forward.shop.to: is required (for example to = "web:443")'],
+    ),
+    *(
+        (NETWORK, NAT + f'[forward.shop]\nto = "web:443"\nlisten = "{listen}"\n', [f":7: forward.shop.listen: {why}"])
+        for listen, why in (
+            (
+                "443",
+                '"443" is not an IPv4 address and a port: write for example "203.0.113.7:443", or ":443" for every'
+                " address of the host",
+            ),
+            (
+                "[::1]:443",
+                '"[::1]:443" is not an IPv4 address and a port: write for example "203.0.113.7:443", or ":443" for'
+                " every address of the host",
+            ),
+            (":70000", '":70000": "70000" is not a port between 1 and 65535'),
+            (":0", '":0": "0" is not a port between 1 and 65535'),
+            ("203.0.113:443", '"203.0.113" is not an IPv4 address: write for example "192.168.50.20"'),
+            (
+                "127.0.0.1:443",
+                '"127.0.0.1:443": packets to 127.0.0.1 cannot be sent on to a guest; for every address of the host write'
+                ' ":PORT"',
+            ),
+        )
+    ),
+    (
+        NETWORK,
+        NAT + '[forward.shop]\nlisten = ":443"\nto = "web"\n',
+        [':7: forward.shop.to: "web" names no port: write for example "web:443"'],
+    ),
+    (
+        NETWORK,
+        NAT + '[forward.a]\nlisten = ":443"\nto = "web:443"\n[forward.b]\nlisten = "10.1.1.1:443"\nto = "db:1"\n',
+        [":9: forward.b.listen: tcp port 443 is taken by forward.a already (one port leads to one guest)"],
+    ),
+    (
+        NETWORK,
+        '[network]\nmode = "isolated"\n[forward.a]\nlisten = ":443"\nto = "web:443"\n',
+        [
+            ':3: forward.a: mode = "isolated" lets nothing in or out (mode = "nat", with guests_isolated = true if they'
+            " must not see each other)"
+        ],
+    ),
+    (
+        NETWORK,
+        '[network]\nmode = "bridge"\nbridge = "br0"\n[forward.a]\nlisten = ":443"\nto = "web:443"\n',
+        [':4: forward.a: mode = "bridge": kvmd routes nothing there; guests have addresses of their own'],
+    ),
     (NETWORK, NAT + '[ipv6]\nmode = "slaac"\n', [':5: ipv6.address: is required (for example address = "fd50::1/64")']),
     (
         NETWORK,

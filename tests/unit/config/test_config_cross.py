@@ -127,6 +127,15 @@ CASES = [
         'networks.d/b.toml:1: network.bridge: "kvb" is the bridge of networks.d/a.toml too',
     ),
     (
+        {
+            "networks.d/a.toml": nat(1) + '[forward.x]\nlisten = ":443"\nto = "web:1"\n',
+            "networks.d/b.toml": nat(2) + '[forward.y]\nlisten = "203.0.113.7:443"\nto = "web:1"\n',
+            "guests.d/web.toml": MEMORY
+            + '[nic.a]\nnetwork = "a"\nipv4 = "10.0.1.9"\n[nic.b]\nnetwork = "b"\nipv4 = "10.0.2.9"\n',
+        },
+        "networks.d/b.toml:8: forward.y.listen: tcp port 443 belongs to networks.d/a.toml (forward.x)",
+    ),
+    (
         {"networks.d/a.toml": nat(1), "networks.d/b.toml": nat(1).replace("/24", "/16")},
         "networks.d/b.toml:4: ipv4.address: 10.0.0.0/16 overlaps 10.0.1.0/24 of networks.d/a.toml",
     ),
@@ -165,6 +174,27 @@ def test_refused(tmp_path: Path, files: dict[str, str], message: str) -> None:
 )
 def test_allowed(tmp_path: Path, files: dict[str, str]) -> None:
     assert errors(load(write(tmp_path, files))) == []
+
+
+FORWARD = '[forward.x]\nlisten = ":443"\nto = "web:443"\n'
+
+
+@pytest.mark.parametrize(
+    ("guest", "message"),
+    [
+        (None, 'unknown guest "web" (there is no guests.d/web.toml)'),
+        (MEMORY + USER, "guest web has no NIC on network lan"),
+        (nic(""), "guest web has no fixed address on network lan (give its NIC an ipv4 in guests.d/web.toml)"),
+        (nic('ipv4 = "10.0.1.9"\n'), None),
+    ],
+)
+def test_a_forward_that_leads_nowhere_is_a_fault_and_the_network_stays(
+    tmp_path: Path, guest: str | None, message: str | None
+) -> None:
+    files = {"networks.d/lan.toml": nat(1) + FORWARD} | ({"guests.d/web.toml": guest} if guest else {})
+    loaded = load(write(tmp_path, files))
+    assert errors(loaded) == ([f"networks.d/lan.toml:9: forward.x.to: {message}"] if message else [])
+    assert list(loaded.desired.networks) == ["lan"], "one guest's file must not take a network away"
 
 
 def test_a_copy_never_puts_the_original_in_the_wrong(tmp_path: Path) -> None:

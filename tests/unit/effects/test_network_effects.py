@@ -20,6 +20,7 @@ from kvmd.effects.dnsmasq import Backoff, Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import Conflict, HostFailed, NotSupported
 from kvmd.plan.network import bridge_alias, bridge_mac
+from kvmd.plan.nfttable import NETWORKS
 
 ENSURE = EnsureBridge(network="lan", bridge="kvlan", addresses=("192.168.50.1/24",), why="test")
 
@@ -140,7 +141,7 @@ def program(directory: Path, name: str, script: str) -> None:
 
 
 async def test_without_nft_there_is_no_table_and_making_one_says_what_to_install(programs: Path) -> None:
-    assert await nft.observe() is None
+    assert await nft.observe(NETWORKS) is None
     with pytest.raises(HostFailed) as caught:
         await nft.replace(ReplaceRuleset(text="x", change="create", why="test"))
     assert caught.value.hint == "apt-get install nftables"
@@ -151,13 +152,13 @@ async def test_what_nft_refuses_is_quoted(programs: Path) -> None:
     with pytest.raises(HostFailed, match="Operation not supported"):
         await nft.replace(ReplaceRuleset(text="x", change="create", why="test"))
     with pytest.raises(HostFailed, match="Operation not supported"):
-        await nft.observe()
+        await nft.observe(NETWORKS)
 
 
 async def test_an_nft_that_talks_nonsense_is_an_error_and_not_an_absent_table(programs: Path) -> None:
     program(programs, "nft", "echo '{\"nftables\": 7}'")
     with pytest.raises(HostFailed, match="cannot read what nft says"):
-        await nft.observe()
+        await nft.observe(NETWORKS)
 
 
 START = StartDnsmasq(network="lan", config="interface=lo\n", why="test")

@@ -26,7 +26,7 @@ from kvmd.config.network import Network
 from kvmd.facts import Dnsmasq, Facts, Link
 from kvmd.plan.dnsmasq import config_sha256
 from kvmd.plan.network import FORWARDING, FORWARDING6, bridge_alias, bridge_mac, is_our_bridge, plan_network, tap_name
-from kvmd.plan.nft import fingerprint
+from kvmd.plan.nfttable import fingerprint
 
 LO = Link("lo", 1, up=True, addresses=("127.0.0.1/8",))
 FRESH = Facts(links=(LO,), knobs={FORWARDING: "0", FORWARDING6: "0"})

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.plan.dnsmasq import Host, Lease, bridge_of, build_config, parse_leases
-from kvmd.plan.nft import EDITED, build_ruleset, fingerprint, read_fingerprint
+from kvmd.plan.nft import build_ruleset
+from kvmd.plan.nfttable import EDITED, fingerprint, read_fingerprint
 from tests.rig import golden_network
 
 NETWORKS = dict(golden_network.desired().networks)
