@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from kvmd.actions import EnsureBridge, RemoveBridge
 from kvmd.errors import Conflict, HostFailed, KvmdError, NotSupported
 from kvmd.facts import Link
-from kvmd.plan.network import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
+from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
 
 T = TypeVar("T")
 

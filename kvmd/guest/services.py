@@ -40,7 +40,7 @@ from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
-from kvmd.plan.network import tap_name
+from kvmd.plan.links import tap_name
 from kvmd.plan.units import drop_in
 from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel

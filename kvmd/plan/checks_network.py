@@ -11,7 +11,8 @@ from kvmd.plan.firewall import Finding as Drop
 from kvmd.plan.firewall import bridge_nf as bridge_nf_knobs
 from kvmd.plan.firewall import foreign_forward_drops
 from kvmd.plan.hostreport import Finding, HostReport, Listener, Unseen, fail, ok, skip, warn
-from kvmd.plan.network import ALIAS, FORWARDING, FORWARDING6
+from kvmd.plan.links import ALIAS
+from kvmd.plan.network import FORWARDING, FORWARDING6
 
 _DNS, _DHCP = PORTS = (53, 67)
 _NO_NETWORK = "no network is declared"

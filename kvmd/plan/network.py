@@ -6,11 +6,9 @@ kvmd makes the bridge of `nat`, `routed` and `isolated` networks and marks it wi
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from kvmd.actions import (
     Action,
@@ -29,73 +27,16 @@ from kvmd.config.network import Network, Reservation, bridge_name, is_forwarding
 from kvmd.facts import Facts, Link
 from kvmd.plan.dnsmasq import Host, build_config, config_sha256, wants_dnsmasq
 from kvmd.plan.forwards import plan_forwards
+from kvmd.plan.links import bridge_alias, bridge_mac, is_our_bridge
+from kvmd.plan.networkworld import Macs, World, look
 from kvmd.plan.nft import build_ruleset
 from kvmd.plan.nfttable import difference
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
 FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"  # absent: a kernel without IPv6
 KNOBS = (FORWARDING, FORWARDING6)  # what facts.knobs must hold for this planner
-ALIAS = "kvmd:"
 
-Macs = Mapping[tuple[str, str], str]
 _AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-def bridge_alias(network: str) -> str:
-    """The mark of a bridge that kvmd made."""
-    return ALIAS + network
-
-
-def tap_alias(network: str, guest: str, nic: str) -> str:
-    """The mark of a TAP that kvmd made."""
-    return f"{ALIAS}{network}:{guest}:{nic}"
-
-
-def bridge_mac(bridge: str) -> str:
-    """The address a bridge of ours keeps whatever its ports are; else it would be the lowest port's."""
-    return _mac(0x02, f"kvmd bridge {bridge}")
-
-
-def tap_mac(tap: str) -> str:
-    """The host's end of a TAP: 0xfe first, so a foreign bridge that takes its lowest port's address never takes it."""
-    return _mac(0xFE, f"kvmd tap {tap}")
-
-
-def _mac(first: int, seed: str) -> str:
-    return ":".join(f"{byte:02x}" for byte in (first, *hashlib.sha256(seed.encode()).digest()[:5]))
-
-
-def tap_name(uuid: str, nic: str) -> str:
-    """The TAP of a guest's NIC: 14 bytes, the same at each start; 48 bits of hash keep two apart."""
-    return "kv" + hashlib.sha256(f"{uuid}/{nic}".encode()).hexdigest()[:12]
-
-
-def is_our_bridge(link: Link) -> bool:
-    """Whether kvmd made it: by the mark; without one (kvmd died before setting it) by the address it was made with."""
-    if link.kind != "bridge":
-        return False
-    if link.alias:
-        return link.alias.startswith(ALIAS) and link.alias.count(":") == 1
-    return link.mac == bridge_mac(link.name)
-
-
-@dataclass(frozen=True, slots=True)
-class _World:
-    """The inputs, with what several steps look up."""
-
-    networks: Mapping[str, Network]
-    guests: Mapping[str, Guest]
-    macs: Macs
-    facts: Facts
-    links: Mapping[str, Link]
-    ports: Mapping[str, tuple[str, ...]]  # bridge -> names of its ports
-    on: Mapping[str, frozenset[str]]  # network -> guests with a NIC on it
-    actions: list[Action] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def problem(self, network: str, message: str, hint: str | None, *, blocks: bool = True) -> None:
-        guests = self.on.get(network, frozenset()) if blocks else frozenset()
-        self.problems.append(Problem(f"network {network}", message, hint, guests))
 
 
 def plan_network(
@@ -106,7 +47,7 @@ def plan_network(
     `macs` holds the address of each (guest, nic) from the identity files. New things come before old ones go, the
     rules before forwarding is switched on.
     """
-    world = _look(networks, guests, macs, facts)
+    world = look(networks, guests, macs, facts)
     _plan_guests(world)
     blocked = {name for name, network in sorted(networks.items()) if not _plan_bridge(world, name, network)}
     _plan_ruleset(world)
@@ -116,34 +57,13 @@ def plan_network(
     return tuple(world.actions), tuple(world.problems)
 
 
-def _look(networks: Mapping[str, Network], guests: Mapping[str, Guest], macs: Macs, facts: Facts) -> _World:
-    ports: defaultdict[str, list[str]] = defaultdict(list)
-    for link in facts.links:
-        if link.master:
-            ports[link.master].append(link.name)
-    on: defaultdict[str, set[str]] = defaultdict(set)
-    for name, guest in guests.items():
-        for nic in guest.nic.values():
-            if nic.network:
-                on[nic.network].add(name)
-    return _World(
-        networks=networks,
-        guests=guests,
-        macs=macs,
-        facts=facts,
-        links={link.name: link for link in facts.links},
-        ports={bridge: tuple(sorted(names)) for bridge, names in ports.items()},
-        on={network: frozenset(names) for network, names in on.items()},
-    )
-
-
-def _plan_guests(world: _World) -> None:
+def _plan_guests(world: World) -> None:
     """Faults that only show when all guests are seen together with their remembered addresses."""
     for network in sorted(world.on.keys() - world.networks.keys()):
         hint = f"mend or make networks.d/{network}.toml"
         world.problem(network, "is asked for by a guest but is not declared, or its file is not in order", hint)
     holders: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for guest, nic, network, mac in _nics(world):
+    for guest, nic, network, mac in world.nics():
         holders[network, mac].append((guest, nic))
     for (network, mac), nics in sorted(holders.items()):
         if len(nics) > 1:
@@ -158,16 +78,7 @@ def _plan_guests(world: _World) -> None:
             )
 
 
-def _nics(world: _World) -> Iterator[tuple[str, str, str, str]]:
-    """(guest, nic, network, mac) of every NIC on a network whose address is known."""
-    for guest, config in sorted(world.guests.items()):
-        for nic, table in sorted(config.nic.items()):
-            mac = table.mac or world.macs.get((guest, nic))
-            if table.network and mac:
-                yield guest, nic, table.network, mac.lower()
-
-
-def _plan_bridge(world: _World, name: str, network: Network) -> bool:
+def _plan_bridge(world: World, name: str, network: Network) -> bool:
     """Plans the bridge; False if guests cannot be plugged in."""
     bridge = bridge_name(name, network)
     link = world.links.get(bridge)
@@ -197,7 +108,7 @@ def _plan_bridge(world: _World, name: str, network: Network) -> bool:
     return True
 
 
-def _ensure(world: _World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
+def _ensure(world: World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
     disturbing = bool(world.ports.get(bridge)) and ("mtu" in change or "address" in change)
     return EnsureBridge(
         network=name,
@@ -211,7 +122,7 @@ def _ensure(world: _World, name: str, bridge: str, network: Network, change: str
     )
 
 
-def _check_joined(world: _World, name: str, bridge: str, link: Link | None) -> bool:
+def _check_joined(world: World, name: str, bridge: str, link: Link | None) -> bool:
     if link is not None and link.kind == "bridge":
         if not link.up:
             world.problem(name, f'bridge "{bridge}" is down', f"ip link set {bridge} up", blocks=False)
@@ -250,7 +161,7 @@ def _bridge_change(name: str, network: Network, link: Link) -> str:
     return ", ".join(changes)
 
 
-def _subnet_in_use(world: _World, bridge: str, network: Network) -> tuple[str, str] | None:
+def _subnet_in_use(world: World, bridge: str, network: Network) -> tuple[str, str] | None:
     """The table whose subnet some other link has already, and what to say."""
     for key, config in (("ipv4", network.ipv4), ("ipv6", network.ipv6)):
         if config is None:
@@ -271,7 +182,7 @@ def _overlap(one: _AnyNetwork, other: _AnyNetwork) -> bool:
     return first <= min(int(one.broadcast_address), int(other.broadcast_address))
 
 
-def _leftover(world: _World) -> tuple[Link, ...]:
+def _leftover(world: World) -> tuple[Link, ...]:
     """Bridges of ours that no file asks for any more."""
     wanted = {bridge_name(name, net) for name, net in world.networks.items() if makes_bridge(net)}
     return tuple(
@@ -281,12 +192,12 @@ def _leftover(world: _World) -> tuple[Link, ...]:
     )
 
 
-def _removal_disruption(world: _World, bridges: tuple[Link, ...]) -> Disruption:
+def _removal_disruption(world: World, bridges: tuple[Link, ...]) -> Disruption:
     in_use = any(world.ports.get(link.name) for link in bridges)
     return Disruption.NETWORK if in_use else Disruption.NONE
 
 
-def _plan_ruleset(world: _World) -> None:
+def _plan_ruleset(world: World) -> None:
     openings, problems = plan_forwards(world.networks, world.guests, world.facts)
     world.problems.extend(problems)
     text = build_ruleset(world.networks, openings)
@@ -304,12 +215,12 @@ def _plan_ruleset(world: _World) -> None:
     world.actions.append(ReplaceRuleset(text=text, change=change, why=why, disruption=disruption))
 
 
-def _plural(world: _World) -> str:
+def _plural(world: World) -> str:
     names = sorted(name for name, network in world.networks.items() if makes_bridge(network))
     return f"network{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
-def _plan_forwarding(world: _World) -> None:
+def _plan_forwarding(world: World) -> None:
     """The host routes for networks of mode nat and routed (Documentation/networking/ip-sysctl.rst)."""
     wanting = {name: network for name, network in sorted(world.networks.items()) if is_forwarding(network)}
     first4 = next((name for name, network in wanting.items() if network.ipv4), None)
@@ -327,7 +238,7 @@ def _plan_forwarding(world: _World) -> None:
         _plan_forwarding6(world, first6, str(value6))
 
 
-def _plan_forwarding6(world: _World, network: str, value: str) -> None:
+def _plan_forwarding6(world: World, network: str, value: str) -> None:
     """A host that forwards IPv6 forgets the default routes it was told by routers, unless accept_ra is 2 there."""
     lost = world.facts.ra_uplinks
     if lost:
@@ -345,7 +256,7 @@ def _plan_forwarding6(world: _World, network: str, value: str) -> None:
     world.actions.append(WriteKnob(path=FORWARDING6, old=value, new="1", why=why))
 
 
-def _plan_servers(world: _World, blocked: set[str]) -> None:
+def _plan_servers(world: World, blocked: set[str]) -> None:
     running = {server.network: server for server in world.facts.dnsmasq}
     for name, network in sorted(world.networks.items()):
         if name in blocked or not wants_dnsmasq(network):
@@ -364,12 +275,12 @@ def _plan_servers(world: _World, blocked: set[str]) -> None:
             world.actions.append(StartDnsmasq(network=name, config=config, change="new configuration", why=why))
 
 
-def _hosts(world: _World, name: str, network: Network) -> list[Host]:
+def _hosts(world: World, name: str, network: Network) -> list[Host]:
     """Who is known by name: each guest by its own, then second NICs by name-nic, then the file's reservations."""
     taken: set[str] = set()
     first: list[tuple[str, str, str]] = []
     more: list[tuple[str, str, str]] = []
-    for guest, nic, on, mac in _nics(world):
+    for guest, nic, on, mac in world.nics():
         if on == name:
             (more if any(guest == other for other, _, _ in first) else first).append((guest, nic, mac))
     labels = [(guest, nic, mac, guest) for guest, nic, mac in first]
@@ -397,7 +308,7 @@ def _label(text: str, taken: set[str]) -> str:
     return label
 
 
-def _plan_removal(world: _World) -> None:
+def _plan_removal(world: World) -> None:
     leftover = _leftover(world)
     for server in sorted(world.facts.dnsmasq, key=lambda server: server.network):
         network = world.networks.get(server.network)

@@ -22,7 +22,7 @@ from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
 from kvmd.plan.cpumap import GuestSeats, cpu_map
-from kvmd.plan.network import tap_name
+from kvmd.plan.links import tap_name
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
 from kvmd.rpc.registry import Call, Handler, NoParams, Registry

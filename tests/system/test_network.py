@@ -27,7 +27,8 @@ from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.errors import Conflict, HostFailed
 from kvmd.plan.firewall import foreign_forward_drops
-from kvmd.plan.network import FORWARDING, bridge_mac, tap_alias, tap_mac, tap_name
+from kvmd.plan.links import bridge_mac, tap_alias, tap_mac, tap_name
+from kvmd.plan.network import FORWARDING
 from tests.rig import golden_network
 from tests.rig.netns import private_namespace
 from tests.rig.networkrig import (

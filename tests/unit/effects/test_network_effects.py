@@ -19,7 +19,7 @@ from kvmd.effects import dnsmasq, nft
 from kvmd.effects.dnsmasq import Backoff, Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import Conflict, HostFailed, NotSupported
-from kvmd.plan.network import bridge_alias, bridge_mac
+from kvmd.plan.links import bridge_alias, bridge_mac
 from kvmd.plan.nfttable import NETWORKS
 
 ENSURE = EnsureBridge(network="lan", bridge="kvlan", addresses=("192.168.50.1/24",), why="test")

@@ -25,7 +25,8 @@ from kvmd.config.guest import Guest
 from kvmd.config.network import Network
 from kvmd.facts import Dnsmasq, Facts, Link
 from kvmd.plan.dnsmasq import config_sha256
-from kvmd.plan.network import FORWARDING, FORWARDING6, bridge_alias, bridge_mac, is_our_bridge, plan_network, tap_name
+from kvmd.plan.links import bridge_alias, bridge_mac, is_our_bridge, tap_name
+from kvmd.plan.network import FORWARDING, FORWARDING6, plan_network
 from kvmd.plan.nfttable import fingerprint
 
 LO = Link("lo", 1, up=True, addresses=("127.0.0.1/8",))
