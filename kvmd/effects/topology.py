@@ -26,15 +26,16 @@ def observe_topology(tree: Tree) -> CpuTopology:
     cpus = tuple(
         _cpu(tree, cpu, node=node_of.get(cpu, 0), capacity=capacities[cpu], online=online) for cpu in sorted(online)
     )
+    named = sorted({*nodes, *(cpu.node for cpu in cpus)})  # a node's own directory may be missing
     isolated = tree.cpus(f"{CPU}/isolated") or CpuSet()
     return CpuTopology(
         cpus=cpus,
         isolated=CpuSet(isolated & online),
         nohz_full=CpuSet((tree.cpus(f"{CPU}/nohz_full") or CpuSet()) & online),
         allowed=CpuSet(_allowed(tree, isolated, online) & online),
-        offline=CpuSet((tree.cpus(f"{CPU}/present") or CpuSet()) - online),
-        nodes=tuple(nodes),
-        distances=_distances(tree, nodes),
+        offline=CpuSet((tree.cpus(f"{CPU}/present") or CpuSet(tree.numbered(CPU, "cpu"))) - online),
+        nodes=tuple(named),
+        distances=_distances(tree, nodes) if named == nodes else (),
     )
 
 
@@ -117,7 +118,7 @@ def _distances(tree: Tree, nodes: list[int]) -> tuple[tuple[int, ...], ...]:
 
 
 def _allowed(tree: Tree, isolated: CpuSet, online: CpuSet) -> CpuSet:
-    """CPUs a thread of ours may be put on: the effective cpuset of our cgroup.
+    """CPUs a guest's thread may be put on: the effective cpuset of the cgroup guests are in.
 
     The affinity of this process is no limit (we set each thread's own), and with isolcpus it lacks exactly the CPUs
     that are meant for guests; it stands in, with those added, where no cpuset controller can be seen.
@@ -132,11 +133,12 @@ def _allowed(tree: Tree, isolated: CpuSet, online: CpuSet) -> CpuSet:
 
 
 def _cpuset_files(tree: Tree) -> list[str]:
-    """Files that may hold our effective cpuset, nearest first (cgroup v1 with and without prefix, and v2)."""
+    """Files that may hold the guests' effective cpuset, nearest first (cgroup v1 with and without prefix, and v2)."""
     groups = {}
     for line in (tree.read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         groups[controllers] = path or "/"
+    named = tree.read("/proc/self/cpuset") or "/"  # cpuset(7): where the controller is, of either version
     files = []
     for line in (tree.read("/proc/self/mounts") or tree.read("/proc/mounts") or "").splitlines():
         fields = line.split()
@@ -144,14 +146,21 @@ def _cpuset_files(tree: Tree) -> list[str]:
             continue
         mount, kind, options = fields[1], fields[2], fields[3].split(",")
         if kind == "cpuset" or (kind == "cgroup" and "cpuset" in options):
-            own = next((path for held, path in groups.items() if "cpuset" in held.split(",")), "/")
+            own = next((path for held, path in groups.items() if "cpuset" in held.split(",")), named)
             names = ["cpuset.effective_cpus", "cpuset.cpus", "cpus"]
         elif kind == "cgroup2":
-            own, names = groups.get("", "/"), ["cpuset.cpus.effective"]
+            own, names = groups.get("", named), ["cpuset.cpus.effective"]
         else:
             continue
-        files += [posixpath.join(mount, folder, name) for folder in _upwards(own) for name in names]
+        files += [posixpath.join(mount, folder, name) for folder in _upwards(_of_guests(own)) for name in names]
     return files
+
+
+def _of_guests(own: str) -> str:
+    """Where guests are when we are in `own`: beside us, or as units of systemd in machine.slice, whose AllowedCPUs=
+    may well be what system.slice's are not."""
+    head, ours, _ = own.partition("/system.slice/kvmd.service")
+    return f"{head}/machine.slice" if ours else own
 
 
 def _upwards(folder: str) -> list[str]:

@@ -35,7 +35,6 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
-from kvmd.effects.topology import NODE
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
 from kvmd.paths import Paths
@@ -265,8 +264,9 @@ class Services:
     def _memory_nodes(self, decided: Decided) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Host nodes the guest's memory belongs on, beside its vCPUs (() on a host with one node); warnings."""
         warnings = (decided.warning,) if decided.warning else ()
-        nodes = decided.placement.nodes if decided.placement else ()
-        if not nodes or len(self.tree.numbered(NODE, "node")) < 2:
+        has = {node for node, total in self.tree.observe_memory().node_total_bytes.items() if total}
+        nodes = tuple(node for node in decided.placement.nodes if node in has) if decided.placement else ()
+        if not nodes or len(has) < 2:
             return (), warnings
         page, size = decided.guest.memory.hugepage_size, decided.guest.memory.size
         pools = [pool for pool in self.tree.observe_hugepages() if pool.page_bytes == page and pool.node in nodes]

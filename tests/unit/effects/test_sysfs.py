@@ -140,6 +140,24 @@ def test_null_isolation_and_malformed_numbers(tmp_path: Path) -> None:
             },
             "1",
         ),
+        (
+            {
+                "/proc/self/cgroup": "0::/system.slice/kvmd.service\n",
+                "/proc/self/mounts": "x /sys/fs/cgroup cgroup2 rw 0 0\n",
+                "/sys/fs/cgroup/system.slice/cpuset.cpus.effective": "0\n",
+                "/sys/fs/cgroup/machine.slice/cpuset.cpus.effective": "1-3\n",
+                "/sys/fs/cgroup/cpuset.cpus.effective": "0-3\n",
+            },
+            "1-3",
+        ),
+        (
+            {
+                "/proc/self/cpuset": "/job\n",
+                "/proc/mounts": "x /cgroup cgroup2 rw 0 0\n",
+                "/cgroup/job/cpuset.cpus.effective": "2\n",
+            },
+            "2",
+        ),
         ({"/proc/self/cgroup": "0::/../../elsewhere\n", "/proc/self/mounts": "short line\n"}, "0-3"),
     ],
 )
