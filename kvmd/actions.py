@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class Disruption(StrEnum):
@@ -247,3 +248,4 @@ class Problem:
     message: str
     hint: str | None = None
     guests: frozenset[str] = frozenset()
+    needs: Literal["reboot"] | None = None  # what would mend it: shown in the plan's group of that name

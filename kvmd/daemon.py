@@ -29,6 +29,7 @@ from kvmd.effects.handover import Asking, HandoverServer, listen_private
 from kvmd.effects.history import History
 from kvmd.effects.netlink import Netlink, watch_links
 from kvmd.effects.observe import HostObserver
+from kvmd.effects.statelock import lock_state
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.errors import Conflict, KvmdError
@@ -73,6 +74,7 @@ class Daemon:
             files.ensure_dir(directory, mode)
         passed = systemd.passed_sockets()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_state(paths.state))
             api = passed.get("kvmd.sock") or stack.enter_context(contextlib.closing(listen_unix(paths.api_socket))).sock
             launch = passed.get("launch.sock") or listen_private(paths.launch_socket)
             store = stack.enter_context(contextlib.closing(Store(paths.state)))

@@ -116,6 +116,37 @@ class Dnsmasq:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One host effect of ours in boot `boot_id`: `original` was there before the first, `new` is the last wish."""
+
+    key: str
+    original: str
+    new: str
+    boot_id: str
+    why: str
+
+    @property
+    def kind(self) -> str:
+        """An EffectKind; a plain string, for a later kvmd may have written others."""
+        return self.key.partition(":")[0]
+
+    @property
+    def subject(self) -> str:
+        """What follows the kind: a path, "0:2097152", a bridge, a network."""
+        return self.key.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class TunedKnob:
+    """A tuning knob kvmd wrote in this boot: `ours` was read back then; `theirs` is what it gave way to, once told."""
+
+    path: str
+    ours: str
+    why: str
+    theirs: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Process:
     """Proof of identity of a process: a pid alone is never one."""
 
@@ -204,3 +235,5 @@ class Facts:
     lives: tuple[GuestLife, ...] = ()
     foreign_qemu_bytes: int = 0  # RSS of QEMU processes that are not ours
     units: tuple[GuestUnit, ...] | None = None  # None: guests are no units of systemd
+    journal: tuple[JournalEntry, ...] = ()  # what kvmd did to the host in this boot, in that order
+    tuned: tuple[TunedKnob, ...] = ()  # by path

@@ -33,6 +33,7 @@ from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.roster import Roster
 from kvmd.plan.host import Plan, plan
 from kvmd.plan.release import plan_release
+from kvmd.plan.yielding import Yielded
 from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,11 @@ class Manager:
     async def observe(self) -> Facts:
         """One picture of host and guests."""
         services = self.services
-        journal = services.store.journalled(services.tree.boot_id())
-        facts = await self._observer.observe(services.loaded.desired, journal)
+        boot_id = services.tree.boot_id()
+        journal = services.store.journalled(boot_id)
+        async with self._applier.knobs:
+            facts = await self._observer.observe(services.loaded.desired, journal)
+            tuned = services.store.tuned(boot_id)
         self.guests.topology = facts.cpus
         guests = self.guests.all_running()
         return replace(
@@ -75,34 +79,39 @@ class Manager:
             lives=self.guests.lives(),
             foreign_qemu_bytes=services.tree.foreign_qemu(frozenset(guest.process.pid for guest in guests)),
             units=services.units.observe() if services.units else None,
+            journal=journal,
+            tuned=tuned,
         )
 
-    async def plan(self, *, prune: bool = False) -> Plan:
-        """What a pass would do now."""
-        return self._plan(await self.observe(), prune=prune)
+    async def plan(self, *, prune: bool = False, retake: bool = False) -> Plan:
+        """What a pass would do now; with `retake` what a person's `apply` would."""
+        return self._plan(await self.observe(), prune=prune, retake=retake)
 
-    def _plan(self, facts: Facts, *, prune: bool) -> Plan:
-        desired = self.services.loaded.desired
-        journal = self.services.store.journalled(facts.boot_id)
-        pools = [entry for entry in journal if entry.kind == EffectKind.HUGEPAGES]
+    def _plan(self, facts: Facts, *, prune: bool, retake: bool) -> Plan:
+        pools = [entry for entry in facts.journal if entry.kind == EffectKind.HUGEPAGES]
         return plan(
-            desired,
+            self.services.loaded.desired,
             facts,
             macs=self.services.macs(),
             originals={_pool_key(entry.subject): int(entry.original) for entry in pools},
             prune=prune,
+            retake=retake,
         )
 
     async def apply(self, allow: frozenset[Disruption], actor: str, *, prune: bool = False) -> Report:
-        """Load, plan and do what `allow` permits. One failed action does not stop the others."""
+        """Load, plan and do what `allow` permits, tuning knobs of others included. A failed action stops no other."""
         if self.services.store.meta(RELEASED_META):
             self.services.store.set_meta(RELEASED_META, "")
-        return await self._pass_once(allow, actor, prune=prune)
+        return await self._pass_once(allow, actor, prune=prune, retake=True)
 
-    async def _pass_once(self, allow: frozenset[Disruption], actor: str, *, prune: bool) -> Report:
+    async def _pass_once(
+        self, allow: frozenset[Disruption], actor: str, *, prune: bool = False, retake: bool = False
+    ) -> Report:
         async with self._pass:
             await self.guests.refresh()
-            planned = await self.plan(prune=prune)
+            facts = await self.observe()
+            planned = self._plan(facts, prune=prune, retake=retake)
+            self._tell_yielded(planned.yielded, facts)
             now, skipped = planned.split(allow)
             self._refuse_mass_stop(now)
             outcomes = await self._carry_out(now, actor)
@@ -116,7 +125,21 @@ class Manager:
         if self.services.store.meta(RELEASED_META) == self.services.tree.boot_id():
             return Report((), (), Plan(), self.services.loaded)
         allow = frozenset(Disruption(word) for word in self.services.loaded.desired.daemon.apply.allow)
-        return await self._pass_once(allow, actor, prune=False)
+        return await self._pass_once(allow, actor)
+
+    def _tell_yielded(self, yielded: tuple[Yielded, ...], facts: Facts) -> None:
+        """Once for each tuning knob that somebody else changed; what they put back is told anew the next time."""
+        store, last = self.services.store, {knob.path: knob for knob in facts.tuned}
+        for knob in facts.tuned:
+            if knob.theirs is not None and facts.knobs.get(knob.path) == knob.ours:
+                store.set_tuned(replace(knob, theirs=None), facts.boot_id)
+        for left in yielded:
+            if left.told:
+                continue
+            _log.warning("%s; it is left to them until `kvmd-cli apply` or another value in the file", left.line())
+            data = {"path": left.path, "ours": left.ours, "theirs": left.theirs, "why": left.why}
+            self.services.publish("knob.yielded", None, None, data)
+            store.set_tuned(replace(last[left.path], theirs=left.theirs), facts.boot_id)
 
     def _refuse_mass_stop(self, actions: tuple[AnyAction, ...]) -> None:
         stops = [action.guest for action in actions if isinstance(action, StopGuest | RestartGuest)]

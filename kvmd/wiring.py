@@ -6,6 +6,7 @@ Guests are looked up by name at each call; nothing here judges.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvmd.actions import WriteKnob
 from kvmd.effects.apply import HostApplier
@@ -15,12 +16,14 @@ from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.services import started_memory
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager
+from kvmd.plan.ksm import rate_wish
 from kvmd.tuning.agent import Settings
 from kvmd.tuning.ksm import KsmSample
 from kvmd.tuning.limits import ksm_limits_of, limits_of
 from kvmd.tuning.snapshot import BalloonReading, GuestFacts, HostSample
 
 BALLOON = "/machine/peripheral/balloon"
+PAGES = f"{KSM}/pages_to_scan"
 
 
 class GuestMemory:
@@ -36,7 +39,17 @@ class GuestMemory:
         """What the files say now."""
         desired = self._manager.services.loaded.desired
         limits = limits_of(desired.host, desired.guests, total_bytes=self._total_bytes)
-        return Settings(limits, ksm_limits_of(desired.host, desired.guests))
+        merging = ksm_limits_of(desired.host, desired.guests)
+        return Settings(limits, replace(merging, written=self._rate_written()) if merging.owned else merging)
+
+    def _rate_written(self) -> int | None:
+        """What kvmd last wrote to pages_to_scan, as long as the file wishes the same; then the present rate is ours."""
+        services = self._manager.services
+        wish = rate_wish(services.loaded.desired.host.ksm)
+        last = next((knob for knob in services.store.tuned(services.tree.boot_id()) if knob.path == PAGES), None)
+        if last is None:
+            return None
+        return int(last.ours) if last.why == wish else services.tree.number(PAGES)
 
     # ---- eyes
 
@@ -96,7 +109,6 @@ class GuestMemory:
 
     async def write_ksm_pages(self, pages_to_scan: int) -> None:
         """Journalled, as every write to the host. KvmdError."""
-        path = f"{KSM}/pages_to_scan"
-        old = self._manager.services.tree.read(path) or ""
-        why = "the tuning agent drives page merging"
-        await self._applier.apply(WriteKnob(path=path, old=old, new=str(pages_to_scan), why=why, requirement=False))
+        services = self._manager.services
+        old, why = services.tree.read(PAGES) or "", rate_wish(services.loaded.desired.host.ksm)
+        await self._applier.apply(WriteKnob(path=PAGES, old=old, new=str(pages_to_scan), why=why, requirement=False))

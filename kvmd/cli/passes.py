@@ -17,8 +17,8 @@ _ALL = frozenset({"guest", "network", "host"})
 def plan(session: Session, _parsed: Parsed) -> int:
     """What apply would do. Exit 10 when there is something, 8 when there is nothing but the files have faults."""
     found = session.call("host.plan")
-    session.result(found, lambda: _shown(session, found["actions"]))
-    _remarks(session, found)
+    session.result(found, lambda: render.plan(found, on=session.colours))
+    _remarks(session, found, grouped=True)
     if not found["actions"] and not session.json:
         session.say("nothing to do")
     return SOMETHING_TO_DO if found["actions"] else _faulty(found)
@@ -27,7 +27,7 @@ def plan(session: Session, _parsed: Parsed) -> int:
 def apply(session: Session, parsed: Parsed) -> int:
     """Show the plan, ask, and do all of it."""
     prune = parsed.on("--prune")
-    found = session.call("host.plan")
+    found = session.call("host.plan", retake=True)
     actions = found["actions"]
     if session.dry_run:
         session.result(found, lambda: _shown(session, actions))
@@ -94,14 +94,17 @@ def _finish(session: Session, done: Mapping[str, Any], *, quiet: bool) -> int:
     return PartlyFailed.exit_code if failed else _faulty(done)
 
 
-def _remarks(session: Session, found: Mapping[str, Any]) -> None:
-    """Faults of the files and what cannot be had, on stderr."""
+def _remarks(session: Session, found: Mapping[str, Any], *, grouped: bool = False) -> None:
+    """Faults of the files, what cannot be had, what is left to others, on stderr. `grouped`: a reboot's were shown."""
     if session.json:
         return
     for fault in found["faults"]:
         session.say(render.fault(fault))
     for problem in found["problems"]:
-        session.say(render.problem(problem))
+        if not (grouped and problem["needs"] == "reboot"):
+            session.say(render.problem(problem))
+    for knob in found["yielded"]:
+        session.say(render.yielded(knob))
 
 
 def _faulty(found: Mapping[str, Any]) -> int:
@@ -110,4 +113,4 @@ def _faulty(found: Mapping[str, Any]) -> int:
 
 def _nothing(found: Mapping[str, Any]) -> dict[str, Any]:
     """The answer host.apply would give when there is nothing to do."""
-    return {"outcomes": [], "skipped": [], "problems": found["problems"], "faults": found["faults"]}
+    return {"outcomes": [], "skipped": [], **{name: found[name] for name in ("problems", "yielded", "faults")}}

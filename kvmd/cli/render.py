@@ -17,9 +17,9 @@ _SIGN_COLOURS = {"+": GREEN, "-": RED, "~": YELLOW}
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 _AGES = (("d", 86_400), ("h", 3_600), ("min", 60))
 DISRUPTIONS = {
-    "none": "disturbs nobody",
-    "guest": "stops or restarts guests",
+    "none": "now, disturbs nobody",
     "network": "interrupts networks",
+    "guest": "stops or restarts guests",
     "host": "changes the host under everyone",
 }
 
@@ -204,6 +204,20 @@ def actions(found: Sequence[Mapping[str, Any]], *, on: bool) -> str:
         if group:
             lines += [f"{title}:", *(f"  {action(shown, on=on)}" for shown in group)]
     return "\n".join(lines)
+
+
+def plan(found: Mapping[str, Any], *, on: bool) -> str:
+    """A whole plan: actions by whom they disturb, then what only a reboot brings."""
+    waiting = [one for one in found["problems"] if one.get("needs") == "reboot"]
+    lines = [actions(found["actions"], on=on)] if found["actions"] else []
+    if waiting:
+        lines += ["only after a reboot of the host:", *("  " + problem(one).replace("\n", "\n  ") for one in waiting)]
+    return "\n".join(lines)
+
+
+def yielded(knob: Mapping[str, Any]) -> str:
+    """A tuning knob that is somebody else's now."""
+    return f"= {clean(knob['path'])}: {clean(knob['theirs'])}, left to whoever set it; kvmd wrote {clean(knob['ours'])}"
 
 
 def outcomes(done: Sequence[Mapping[str, Any]], *, on: bool) -> str:

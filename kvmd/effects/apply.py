@@ -27,6 +27,7 @@ from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
+from kvmd.facts import TunedKnob
 
 ABSENT = ""  # the original of something that was not there
 
@@ -40,13 +41,17 @@ class HostApplier:
         self._dnsmasqs = dnsmasqs
         self._store = store
         self._boot_id = tree.boot_id()
+        self.knobs = asyncio.Lock()  # held where a knob and its record are written, or read together
 
     async def apply(self, action: HostAction) -> None:
         """Do one action and verify it. KvmdError says what the kernel or tool refused."""
         match action:
             case WriteKnob():
                 self._journal(records.knob_key(action.path), action.old, action.new, action.why)
-                await asyncio.to_thread(self._tree.write_knob, action.path, action.new)
+                async with self.knobs:
+                    await asyncio.to_thread(self._tree.write_knob, action.path, action.new)
+                    if not action.requirement:
+                        self._store.set_tuned(TunedKnob(action.path, action.new, action.why), self._boot_id)
             case SetHugepages():
                 key = records.hugepages_key(action.node, action.page_bytes)
                 self._journal(key, str(action.old), str(action.new), action.why)

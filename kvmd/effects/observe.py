@@ -9,10 +9,10 @@ from kvmd.config.desired import Desired
 from kvmd.effects import listeners, modules, nft
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
-from kvmd.effects.records import EffectKind, JournalEntry
+from kvmd.effects.records import EffectKind
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
-from kvmd.facts import Facts
+from kvmd.facts import Facts, JournalEntry
 from kvmd.plan import modules as module_plan
 from kvmd.plan import network
 from kvmd.plan.ksm import KNOBS

@@ -56,27 +56,6 @@ def module_key(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """One host effect of ours in boot `boot_id`: `original` was there before the first, `new` is the last wish."""
-
-    key: str
-    original: str
-    new: str
-    boot_id: str
-    why: str
-
-    @property
-    def kind(self) -> str:
-        """An EffectKind; a plain string, for a later kvmd may have written others."""
-        return self.key.partition(":")[0]
-
-    @property
-    def subject(self) -> str:
-        """What follows the kind: a path, "0:2097152", a bridge, a network."""
-        return self.key.partition(":")[2]
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """What was last asked of a guest, by whom and why."""
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from kvmd.effects.database import Corrupt, NewerSchema, Schema, copy_to, open_database, primary_code, set_aside
 from kvmd.effects.database import transaction as _transaction
-from kvmd.effects.records import GuestEnd, GuestRun, Hold, JournalEntry, Wanted, WantedState
+from kvmd.effects.records import GuestEnd, GuestRun, Hold, Wanted, WantedState
 from kvmd.errors import Conflict, HostFailed, Refused
-from kvmd.facts import Process
+from kvmd.facts import JournalEntry, Process, TunedKnob
 
 __all__ = ["SCHEMA", "GuestEnd", "GuestRun", "Hold", "JournalEntry", "Store", "Wanted"]
 
@@ -52,8 +52,12 @@ SCHEMA = Schema(
             "CREATE INDEX crash_by_guest ON crash (guest, time)",
             "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
         ),
+        (
+            """CREATE TABLE tuned (path TEXT PRIMARY KEY, ours TEXT NOT NULL, why TEXT NOT NULL, theirs TEXT,
+               boot_id TEXT NOT NULL) STRICT""",
+        ),
     ),
-    tables=frozenset({"journal", "meta", *_GUEST_TABLES}),
+    tables=frozenset({"journal", "meta", "tuned", *_GUEST_TABLES}),
 )
 
 
@@ -184,11 +188,24 @@ class Store:
         """The effect is undone (or was never done)."""
         with self._write(f"the end of {effect_key}") as db:
             db.execute("DELETE FROM journal WHERE key = ?", (effect_key,))
+            db.execute("DELETE FROM tuned WHERE ? = 'knob:' || path", (effect_key,))
 
     def drop_other_boots(self, boot_id: str) -> int:
         """Forget the effects of earlier boots, which the reboot undid; returns how many there were."""
         with self._write("the new boot") as db:
+            db.execute("DELETE FROM tuned WHERE boot_id <> ?", (boot_id,))
             return int(db.execute("DELETE FROM journal WHERE boot_id <> ?", (boot_id,)).rowcount)
+
+    def set_tuned(self, knob: TunedKnob, boot_id: str) -> None:
+        """A tuning knob was written and read back, or (with `theirs`) left to somebody else in that boot."""
+        with self._write(f"the value of {knob.path}", of_this_boot=True) as db:
+            values = (knob.path, knob.ours, knob.why, knob.theirs, boot_id)
+            db.execute("INSERT OR REPLACE INTO tuned VALUES (?, ?, ?, ?, ?)", values)
+
+    def tuned(self, boot_id: str) -> tuple[TunedKnob, ...]:
+        """Tuning knobs kvmd wrote in that boot, by path."""
+        sql = "SELECT path, ours, why, theirs FROM tuned WHERE boot_id = ? ORDER BY path"
+        return tuple(TunedKnob(*row) for row in self._rows(sql, boot_id))
 
     # ---- wanted states and holds ------------------------------------------------------------------------------
 

@@ -14,14 +14,16 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
 from kvmd.plan import admission, cpus, guests, hugepages, ksm, modules, network, units
+from kvmd.plan.yielding import Yielded, give_way
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Actions in order, and what no action can mend."""
+    """Actions in order, what no action can mend, and tuning knobs left to whoever changed them."""
 
     actions: tuple[AnyAction, ...] = ()
     problems: tuple[Problem, ...] = ()
+    yielded: tuple[Yielded, ...] = ()
 
     def split(self, allow: frozenset[Disruption]) -> tuple[tuple[AnyAction, ...], tuple[AnyAction, ...]]:
         """Those that may be done when only `allow` (and nobody) may be disturbed, and those left over."""
@@ -37,8 +39,12 @@ def plan(
     macs: Mapping[tuple[str, str], str],
     originals: Mapping[tuple[int, int], int],
     prune: bool = False,
+    retake: bool = False,
 ) -> Plan:
-    """Everything. `macs` by (guest, nic); `originals`: pages of (node, page size) before kvmd first changed them."""
+    """Everything. `macs` by (guest, nic); `originals`: pages of (node, page size) before kvmd first changed them.
+
+    `retake`: a person wants the files obeyed, also where someone else turned a tuning knob.
+    """
     host = desired.host
     reserve = admission.reserve_bytes(host.memory.reserve, facts.memory.total_bytes)
     parts = (
@@ -56,7 +62,8 @@ def plan(
     blocked = frozenset(name for problem in problems for name in problem.guests)
     actions += units.plan_units(desired.guests, facts, prune=prune)
     actions += guests.plan_guests(desired.guests, facts.lives, blocked, prune=prune)
-    return Plan(tuple(actions), tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))))  # type: ignore[arg-type]
+    kept, yielded = give_way(actions, ksm.driven(host.ksm), facts, retake=retake)  # type: ignore[arg-type]
+    return Plan(kept, tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))), yielded)
 
 
 def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:

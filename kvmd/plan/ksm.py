@@ -9,6 +9,8 @@ parting them all at once (run = 2) can need more memory than there is, so nobody
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvmd.actions import Action, Problem, WriteKnob
 from kvmd.config.host import Host, Ksm
 from kvmd.facts import Facts
@@ -59,6 +61,16 @@ def plan_ksm(host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Proble
 def start_pages(max_cpu: float) -> int:
     """pages_to_scan to begin with for this share of one CPU, as long as nothing was measured."""
     return max(MIN_PAGES, min(MAX_PAGES, round(max_cpu * 100 * PAGES_PER_PERCENT)))
+
+
+def rate_wish(ksm: Ksm) -> str:
+    """Why pages_to_scan is kvmd's: the same words for the plan's first rate and all that the tuning agent sets."""
+    return f"ksm.mode is {ksm.mode}, within max_cpu {ksm.max_cpu}"
+
+
+def driven(ksm: Ksm) -> Mapping[str, str]:
+    """Knobs the tuning agent moves, each with its wish."""
+    return {f"{KSM}/pages_to_scan": rate_wish(ksm)} if ksm.mode == "kvmd" else {}
 
 
 class _Plan:
@@ -143,7 +155,7 @@ def _plan_advisor(ksm: Ksm, plan: _Plan, why: str) -> None:
 def _plan_own_rate(ksm: Ksm, plan: _Plan, why: str) -> None:
     """A first rate when kvmd takes over; from then on the tuning agent owns pages_to_scan and no plan touches it."""
     advisor = f"{KSM}/advisor_mode"
-    pages, rate_why = f"{KSM}/pages_to_scan", f"{why}, a start within max_cpu {ksm.max_cpu}"
+    pages, rate_why = f"{KSM}/pages_to_scan", rate_wish(ksm)
     rate = str(start_pages(ksm.max_cpu))
     plan.set(f"{KSM}/sleep_millisecs", str(SLEEP_MS), why)
     if plan.has(advisor) and plan.value(advisor) != "none":

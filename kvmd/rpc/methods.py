@@ -22,7 +22,9 @@ from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
 from kvmd.plan.cpumap import GuestSeats, cpu_map
+from kvmd.plan.groups import when
 from kvmd.plan.links import tap_name
+from kvmd.plan.yielding import Yielded
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
 from kvmd.rpc.registry import Call, Handler, NoParams, Registry
@@ -53,7 +55,7 @@ class Methods:
             ("guest.kill", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_kill),
             ("guest.reboot", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reboot),
             ("guest.reset", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reset),
-            ("host.plan", "viewer", NoParams, results.Plan, self.host_plan),
+            ("host.plan", "viewer", results.PlanParams, results.Plan, self.host_plan),
             ("host.apply", "admin", results.ApplyParams, results.Applied, self.host_apply),
             ("host.reconcile", "operator", NoParams, results.Applied, self.host_reconcile),
             ("host.release", "admin", NoParams, results.Released, self.host_release),
@@ -187,13 +189,14 @@ class Methods:
 
     # ---- host ---------------------------------------------------------------------------------------------------
 
-    async def host_plan(self, _params: NoParams, _call: Call) -> results.Plan:
-        """What apply would do now, with the reason of each action and whom it disturbs"""
+    async def host_plan(self, params: results.PlanParams, _call: Call) -> results.Plan:
+        """What a pass would do now, with the reason of each action, whom it disturbs and when it takes effect"""
         loaded = await self._manager.guests.refresh()
-        plan = await self._manager.plan()
+        plan = await self._manager.plan(retake=params.retake)
         return results.Plan(
             actions=tuple(_action(action) for action in plan.actions),
             problems=_problems(plan.problems),
+            yielded=_yielded(plan.yielded),
             faults=_faults(loaded.faults),
         )
 
@@ -281,7 +284,11 @@ class Methods:
 
 def _action(action: AnyAction) -> results.ActionShape:
     return results.ActionShape(
-        kind=_kind(action), line=action.line(), why=action.why, disruption=action.disruption.value
+        kind=_kind(action),
+        line=action.line(),
+        why=action.why,
+        disruption=action.disruption.value,
+        when=when(action.disruption).value,
     )
 
 
@@ -296,9 +303,15 @@ def _kind(action: AnyAction) -> str:
 
 def _problems(problems: Iterable[Problem]) -> tuple[results.ProblemShape, ...]:
     return tuple(
-        results.ProblemShape(subject=p.subject, message=p.message, hint=p.hint, guests=tuple(sorted(p.guests)))
+        results.ProblemShape(
+            subject=p.subject, message=p.message, hint=p.hint, guests=tuple(sorted(p.guests)), needs=p.needs
+        )
         for p in problems
     )
+
+
+def _yielded(yielded: Iterable[Yielded]) -> tuple[results.YieldedShape, ...]:
+    return tuple(results.YieldedShape(path=k.path, ours=k.ours, theirs=k.theirs, why=k.why) for k in yielded)
 
 
 def _faults(faults: Iterable[Fault]) -> tuple[results.FaultShape, ...]:
@@ -310,6 +323,7 @@ def _applied(report: Report) -> results.Applied:
         outcomes=tuple(_outcome(outcome) for outcome in report.outcomes),
         skipped=tuple(_action(action) for action in report.skipped),
         problems=_problems(report.plan.problems),
+        yielded=_yielded(report.plan.yielded),
         faults=_faults(report.loaded.faults),
     )
 

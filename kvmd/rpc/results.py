@@ -14,6 +14,7 @@ GuestName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}
 EventType = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 State = Literal["stopped", "starting", "running", "paused", "stopping", "unreachable", "failed"]
 DisruptionName = Literal["none", "guest", "network", "host"]
+WhenName = Literal["now", "network", "guest-restart", "host", "reboot"]
 _DAY_S = 86_400
 
 
@@ -140,6 +141,7 @@ class ActionShape(Shape):
     line: str = Field(description="as a plan shows it")
     why: str
     disruption: DisruptionName = Field(description="whom it disturbs")
+    when: WhenName = Field(description="the group of a plan it belongs to")
 
 
 class OutcomeShape(ActionShape):
@@ -155,6 +157,16 @@ class ProblemShape(Shape):
     message: str
     hint: str | None
     guests: tuple[str, ...]
+    needs: Literal["reboot"] | None = Field(description="what would bring it; null: see the hint")
+
+
+class YieldedShape(Shape):
+    """A tuning knob somebody else changed after kvmd wrote it: left to them until `host.apply`."""
+
+    path: str
+    ours: str
+    theirs: str
+    why: str = Field(description="what the file wishes")
 
 
 class FaultShape(Shape):
@@ -168,11 +180,18 @@ class FaultShape(Shape):
     severity: Literal["error", "warning"]
 
 
+class PlanParams(Shape):
+    """Whose plan: of `host.reconcile`, or with `retake` of `host.apply`."""
+
+    retake: bool = Field(default=False, description="also write tuning knobs that somebody else changed")
+
+
 class Plan(Shape):
-    """What would be done, and what cannot be."""
+    """What would be done, what cannot be, and what is left to others."""
 
     actions: tuple[ActionShape, ...]
     problems: tuple[ProblemShape, ...]
+    yielded: tuple[YieldedShape, ...]
     faults: tuple[FaultShape, ...]
 
 
@@ -189,6 +208,7 @@ class Applied(Shape):
     outcomes: tuple[OutcomeShape, ...]
     skipped: tuple[ActionShape, ...]
     problems: tuple[ProblemShape, ...]
+    yielded: tuple[YieldedShape, ...]
     faults: tuple[FaultShape, ...]
 
 

@@ -57,12 +57,16 @@ class KsmSample:
 
 @dataclass(frozen=True, slots=True)
 class KsmLimits:
-    """`owned`: ksm.mode is "kvmd". `max_cpu` is a share of one CPU, `members` how many guests may be merged."""
+    """`owned`: ksm.mode is "kvmd". `max_cpu` is a share of one CPU, `members` how many guests may be merged.
+
+    `written`: the rate kvmd last wrote in this boot, also before its last restart; None: as far as this run knows.
+    """
 
     owned: bool = False
     mode: Mode = Mode.ADVISE
     max_cpu: float = 0.10
     members: int = 0
+    written: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def decide_ksm(
     state: KsmState, sample: KsmSample, limits: KsmLimits, *, host_is_tight: bool, now_s: float
 ) -> tuple[KsmState, KsmDecision]:
     """One look, every KSM_TICK_S. The rate it returns must be reported by `ksm_applied` once written."""
-    yielded = _yielded(state, sample)
+    yielded = _yielded(state if limits.written is None else replace(state, written=limits.written), sample)
     state = replace(_measured(state, sample, now_s), last=sample, last_s=now_s)
     if not limits.owned or yielded is not None:
         why = yielded or "ksm.mode is not kvmd"

@@ -48,9 +48,21 @@ DETAIL = SUMMARY | {
     "argv": ["/usr/bin/qemu", "-S", "-name", "web"],
     "log_dir": "/nowhere",
 }
-KNOB = {"kind": "write-knob", "line": "~ /sys/x: 0 -> 1", "why": "ksm.mode", "disruption": "none"}
-STOP = {"kind": "stop-guest", "line": "- guest web: stop", "why": "wanted stopped", "disruption": "guest"}
-NET = {"kind": "ensure-bridge", "line": "~ bridge kvlan: mtu", "why": "networks.d", "disruption": "network"}
+KNOB = {"kind": "write-knob", "line": "~ /sys/x: 0 -> 1", "why": "ksm.mode", "disruption": "none", "when": "now"}
+STOP = {
+    "kind": "stop-guest",
+    "line": "- guest web: stop",
+    "why": "wanted stopped",
+    "disruption": "guest",
+    "when": "guest-restart",
+}
+NET = {
+    "kind": "ensure-bridge",
+    "line": "~ bridge kvlan: mtu",
+    "why": "networks.d",
+    "disruption": "network",
+    "when": "network",
+}
 FAULT = {
     "file": "guests.d/web.toml",
     "line": 14,
@@ -59,20 +71,26 @@ FAULT = {
     "hint": "did you mean memory.size?",
     "severity": "error",
 }
-PROBLEM = {"subject": "hugepages 2MiB", "message": "512 wanted, 300 had", "hint": "free memory", "guests": ["web"]}
+PROBLEM = {
+    "subject": "hugepages 2MiB",
+    "message": "512 wanted, 300 had",
+    "hint": "free memory",
+    "guests": ["web"],
+    "needs": None,
+}
 KINDS = [
     k for k in (KvmdError, *KvmdError.__subclasses__()) if k.__module__ == "kvmd.errors" and k is not ProtocolFault
 ]
 VERBS = ("start", "stop", "kill", "reboot", "reset")
 
 
-def plan(*actions: Any, problems: Any = (), faults: Any = ()) -> dict[str, Any]:
-    return {"actions": list(actions), "problems": list(problems), "faults": list(faults)}
+def plan(*actions: Any, problems: Any = (), yielded: Any = (), faults: Any = ()) -> dict[str, Any]:
+    return {"actions": list(actions), "problems": list(problems), "yielded": list(yielded), "faults": list(faults)}
 
 
 def applied(*done: Any, skipped: Any = (), faults: Any = ()) -> dict[str, Any]:
     outcomes = [action | {"error": error} for action, error in done]
-    return {"outcomes": outcomes, "skipped": list(skipped), "problems": [], "faults": list(faults)}
+    return {"outcomes": outcomes, "skipped": list(skipped), "problems": [], "yielded": [], "faults": list(faults)}
 
 
 def known(params: dict[str, Any]) -> Any:
@@ -218,10 +236,27 @@ class TestPasses:
         capsys.readouterr()
         assert cli(daemon, "plan") == 10
         seen = capsys.readouterr()
-        assert seen.out == "disturbs nobody:\n  ~ /sys/x: 0 -> 1  (ksm.mode)\n"
+        assert seen.out == "now, disturbs nobody:\n  ~ /sys/x: 0 -> 1  (ksm.mode)\n"
         assert seen.err == "! hugepages 2MiB: 512 wanted, 300 had\n    hint: free memory\n"
         assert cli(daemon, "plan", "--json") == 10
         assert json.loads(capsys.readouterr().out) == daemon.answers["host.plan"]
+
+    def test_plan_shows_what_waits_for_a_reboot_and_what_is_somebody_else_s(
+        self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        waiting = PROBLEM | {"subject": "hugepages 1GiB", "needs": "reboot"}
+        knob = {"path": "/sys/x", "ours": "1", "theirs": "0", "why": "ksm.mode is kvmd"}
+        daemon.answers["host.plan"] = plan(problems=[waiting, PROBLEM], yielded=[knob])
+        assert cli(daemon, "plan") == 0
+        seen = capsys.readouterr()
+        assert seen.out.splitlines()[:2] == [
+            "only after a reboot of the host:",
+            "  ! hugepages 1GiB: 512 wanted, 300 had",
+        ]
+        assert "hugepages 1GiB" not in seen.err and "! hugepages 2MiB" in seen.err
+        assert "= /sys/x: 0, left to whoever set it; kvmd wrote 1" in seen.err
+        assert cli(daemon, "apply", "--dry-run") == 0
+        assert [asked["retake"] for asked in daemon.asked("host.plan")[1:]] == [True]
 
     def test_apply_without_a_person_refuses_what_disturbs(
         self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]
@@ -255,7 +290,9 @@ class TestPasses:
 
     def test_apply_with_nothing_to_do(self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli(daemon, "apply", "--json") == 0
-        assert json.loads(capsys.readouterr().out) == {"outcomes": [], "skipped": [], "problems": [], "faults": []}
+        assert json.loads(capsys.readouterr().out) == {
+            name: [] for name in ("outcomes", "skipped", "problems", "yielded", "faults")
+        }
         assert not daemon.asked("host.apply")
 
     def test_dry_runs_only_plan(self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from kvmd.effects import store as store_module
 from kvmd.effects.database import Schema
-from kvmd.effects.records import EffectKind, GuestEnd, GuestRun, JournalEntry, hugepages_key, knob_key
+from kvmd.effects.records import EffectKind, GuestEnd, GuestRun, hugepages_key, knob_key
 from kvmd.effects.store import SCHEMA, Store
 from kvmd.errors import Conflict, HostFailed, Refused
-from kvmd.facts import Process
+from kvmd.facts import JournalEntry, Process, TunedKnob
 
 BOOT, NEXT_BOOT = "boot-1", "boot-2"
 KSM = knob_key("/sys/kernel/mm/ksm/run")
@@ -74,6 +74,20 @@ def test_an_original_of_another_boot_is_none(store):
     store.forget(KSM)
     store.forget(KSM)
     assert store.journalled(NEXT_BOOT) == ()
+
+
+def test_tuned_knobs_are_of_one_boot_and_end_with_their_journal_entry(opened, store):
+    knob = TunedKnob("/sys/kernel/mm/ksm/run", "1", "ksm.mode is kvmd")
+    store.set_tuned(knob, BOOT)
+    store.set_tuned(TunedKnob("/proc/sys/vm/swappiness", "10", "swap.swappiness is 10"), BOOT)
+    store.set_tuned(replace(knob, theirs="0"), BOOT)
+    store = reopened(opened, store)
+    assert [one.theirs for one in store.tuned(BOOT)] == [None, "0"]
+    assert store.tuned(NEXT_BOOT) == ()
+    store.forget(KSM)
+    assert [one.path for one in store.tuned(BOOT)] == ["/proc/sys/vm/swappiness"]
+    store.drop_other_boots(NEXT_BOOT)
+    assert store.tuned(BOOT) == ()
 
 
 # ---- wanted, holds, meta ---------------------------------------------------------------------------------------
@@ -308,7 +322,7 @@ def test_newer_schema_is_refused_and_not_touched(tmp_path, opened, store):
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     before = (tmp_path / "state.db").read_bytes()
-    with pytest.raises(Refused, match="schema 99, this one knows 1"):
+    with pytest.raises(Refused, match=f"schema 99, this one knows {SCHEMA.version}"):
         opened()
     assert (tmp_path / "state.db").read_bytes() == before
 
@@ -323,10 +337,10 @@ def test_migration_keeps_a_copy_and_the_data(tmp_path, opened, store):
     store = opened(later)
     assert store.meta("a") == "b"
     assert store._rows("SELECT note FROM meta") == [("migrated",)]
-    copy = tmp_path / "state.db.v1"
+    copy = tmp_path / f"state.db.v{SCHEMA.version}"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     with sqlite3.connect(copy) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA.version,)
         assert connection.execute("SELECT * FROM meta").fetchall() == [("a", "b")]
     connection.close()
 
