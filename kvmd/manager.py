@@ -17,6 +17,7 @@ from kvmd.actions import (
     EnableGuest,
     Outcome,
     PinGuest,
+    RemoveBridge,
     RestartGuest,
     StartGuest,
     StopGuest,
@@ -115,6 +116,8 @@ class Manager:
             now, skipped = planned.split(allow)
             self._refuse_mass_stop(now)
             outcomes = await self._carry_out(now, actor)
+            if any(isinstance(action, StartGuest | RestartGuest) for action in now):
+                outcomes += await self._make_room(actor)
         return Report(tuple(outcomes), skipped, planned, self.services.loaded)
 
     async def reconcile(self, actor: str) -> Report:
@@ -153,16 +156,21 @@ class Manager:
     async def _carry_out(self, actions: tuple[AnyAction, ...], actor: str) -> list[Outcome]:
         outcomes: list[Outcome] = []
         starts = [action for action in actions if isinstance(action, StartGuest)]
-        restarts = [action for action in actions if isinstance(action, RestartGuest)]
+        after = [action for action in actions if isinstance(action, RestartGuest | RemoveBridge)]
         for action in actions:
-            if not isinstance(action, StartGuest | RestartGuest):
+            if not isinstance(action, StartGuest | RestartGuest | RemoveBridge):
                 outcomes.append(await self._do(action, actor))
         if any(isinstance(action, WriteDropIn) for action in actions):
             await self._reload_units()
         self.prepared()
-        for restart in restarts:
-            outcomes.append(await self._do(restart, actor))
+        for action in after:
+            outcomes.append(await self._do(action, actor))
         return outcomes + await self._start_all(starts, actor)
+
+    async def _make_room(self, actor: str) -> list[Outcome]:
+        """Pins of guests that were there before: those that came may have taken CPUs for themselves alone."""
+        pins = [action for action in (await self.plan()).actions if isinstance(action, PinGuest)]
+        return [await self._do(action, actor) for action in pins]
 
     async def _start_all(self, starts: list[StartGuest], actor: str) -> list[Outcome]:
         """A few at a time, each after those its `start.after` names."""
@@ -195,7 +203,7 @@ class Manager:
         except KvmdError as error:
             _log.error("%s", error)
 
-    async def _do(self, action: AnyAction, actor: str) -> Outcome:
+    async def _do(self, action: AnyAction, actor: str, *, undo: bool = False) -> Outcome:
         """One action, its log line and its event."""
         try:
             match action:
@@ -211,7 +219,7 @@ class Manager:
                 case WriteDropIn() | EnableGuest():
                     self._tell_systemd(action)
                 case _:
-                    await self._applier.apply(action)
+                    await (self._applier.undoing() if undo else self._applier).apply(action)
         except KvmdError as error:
             _log.error("%s failed: %s", action.line(), error)
             self.services.publish("action.failed", None, actor, {"line": action.line(), "error": error.message})
@@ -235,7 +243,7 @@ class Manager:
                 if undo.kept:
                     kept.append(undo.kept)
                 if undo.action:
-                    outcome = await self._do(undo.action, actor)
+                    outcome = await self._do(undo.action, actor, undo=True)
                     if outcome.error:
                         raise PartlyFailed(f"{undo.action.line()}: {outcome.error}", failed=[undo.key])
                     restored.append(undo.action.line())

@@ -7,6 +7,7 @@ caller goes on with the next one.
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from functools import partial
 from typing import assert_never
 
@@ -41,7 +42,17 @@ class HostApplier:
         self._dnsmasqs = dnsmasqs
         self._store = store
         self._boot_id = tree.boot_id()
+        self._journalling = True
         self.knobs = asyncio.Lock()  # held where a knob and its record are written, or read together
+
+    def undoing(self) -> HostApplier:
+        """The same, writing no journal: what is being undone stays on record as it was done until it is forgotten.
+
+        Else a kvmd killed in between would find its own value under a record of the original: somebody else's.
+        """
+        other = copy(self)
+        other._journalling = False
+        return other
 
     async def apply(self, action: HostAction) -> None:
         """Do one action and verify it. KvmdError says what the kernel or tool refused."""
@@ -85,4 +96,5 @@ class HostApplier:
                 assert_never(action)
 
     def _journal(self, key: str, original: str, new: str, why: str) -> None:
-        self._store.journal(key, original, new, self._boot_id, why)
+        if self._journalling:
+            self._store.journal(key, original, new, self._boot_id, why)

@@ -1,7 +1,7 @@
 """The whole plan: what separates the host and its guests from the directory of files, in the order it is done.
 
-Shrink before grow, prepare before start: knobs, pages, networks, pins, then guests. Pure: the same files and facts
-give the same plan in whatever order they come, and a host that is as wanted gives an empty one.
+Shrink before grow, prepare before start: guests that stop, knobs, pages, networks, pins, guests that start. Pure: the
+same files and facts give the same plan in whatever order they come, and a host that is as wanted gives an empty one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvmd.actions import AnyAction, Disruption, Problem
+from kvmd.actions import Action, AnyAction, Disruption, Problem, RemoveBridge, RestartGuest, StartGuest, StopGuest
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
@@ -62,8 +62,24 @@ def plan(
     blocked = frozenset(name for problem in problems for name in problem.guests)
     actions += units.plan_units(desired.guests, facts, prune=prune)
     actions += guests.plan_guests(desired.guests, facts.lives, blocked, prune=prune)
+    actions.sort(key=_turn)
     kept, yielded = give_way(actions, ksm.driven(host.ksm), facts, retake=retake)  # type: ignore[arg-type]
     return Plan(kept, tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))), yielded)
+
+
+def _turn(action: Action) -> int:
+    """Guests that stop let go of pages and ports first; a bridge goes when those that leave it were restarted."""
+    match action:
+        case StopGuest():
+            return 0
+        case RestartGuest():
+            return 2
+        case RemoveBridge():
+            return 3
+        case StartGuest():
+            return 4
+        case _:
+            return 1
 
 
 def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:

@@ -1,0 +1,477 @@
+"""A host in memory: facts, a journal, and one function for each action of kvmd. Printed as text, compared as text.
+
+What `effects` do to a kernel these functions do to a value, the journal first, so that planners, undo and drift are
+tried on thousands of worlds in seconds. A new action joins with one function and a line in EFFECTS;
+tests/unit/rig/test_fakeworld.py fails for one that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kvmd.actions import (
+    Action,
+    AnyAction,
+    Disruption,
+    EnableGuest,
+    EnsureBridge,
+    PinGuest,
+    RemoveBridge,
+    ReplaceRuleset,
+    RestartGuest,
+    SetHugepages,
+    StartDnsmasq,
+    StartGuest,
+    StopDnsmasq,
+    StopGuest,
+    WriteDropIn,
+    WriteKnob,
+)
+from kvmd.config.desired import Desired
+from kvmd.config.network import bridge_name
+from kvmd.effects import records
+from kvmd.facts import (
+    Dnsmasq,
+    Facts,
+    GuestLife,
+    GuestUnit,
+    HugepagePool,
+    JournalEntry,
+    Link,
+    Memory,
+    Process,
+    RunningGuest,
+    TunedKnob,
+)
+from kvmd.plan import cpus
+from kvmd.plan.dnsmasq import bridge_of, config_sha256
+from kvmd.plan.host import Plan, plan
+from kvmd.plan.ksm import KSM, SWAPPINESS, THP
+from kvmd.plan.network import FORWARDING, bridge_alias, bridge_mac, tap_alias, tap_name
+from kvmd.plan.nft import fingerprint
+from kvmd.plan.release import plan_release
+from tests.rig.hosts import GIB, MIB, topology
+
+BOOT = "boot-1"
+ALL = frozenset(Disruption)
+KERNEL_RATE = "100"  # pages_to_scan after the kernel's advisor was left
+KNOBS: Mapping[str, str] = {
+    f"{KSM}/run": "0",
+    f"{KSM}/pages_to_scan": KERNEL_RATE,
+    f"{KSM}/sleep_millisecs": "50",
+    f"{KSM}/merge_across_nodes": "1",
+    f"{KSM}/pages_shared": "0",
+    f"{KSM}/advisor_mode": "none",
+    f"{KSM}/advisor_max_cpu": "70",
+    f"{KSM}/advisor_target_scan_time": "300",
+    f"{THP}/enabled": "always",
+    f"{THP}/defrag": "madvise",
+    SWAPPINESS: "60",
+    FORWARDING: "0",
+}
+LINKS = (
+    Link("lo", 1, mac="00:00:00:00:00:00", mtu=65536, up=True, addresses=("127.0.0.1/8",)),
+    Link("eno1", 2, mac="fc:00:00:00:00:01", up=True, addresses=("192.0.2.7/24",)),
+    Link("br0", 3, kind="bridge", mac="fc:00:00:00:00:02", up=True, stp=False),
+    Link("virbr0", 4, kind="bridge", mac="52:54:00:00:00:09", up=True, stp=True, addresses=("192.168.122.1/24",)),
+)
+
+
+def fresh(*, total: int = 64 * GIB, units: bool = True) -> Facts:
+    """A machine as it comes up: two nodes of four cores, pools of two sizes, foreign links, nothing of kvmd's."""
+    return Facts(
+        boot_id=BOOT,
+        cpus=topology(nodes=2, cores=4),
+        memory=Memory(
+            total_bytes=total,
+            available_bytes=total - 2 * GIB,
+            swap_total_bytes=total,
+            swap_free_bytes=total,
+            node_total_bytes={0: total // 2, 1: total // 2},
+            node_free_bytes={0: total // 2 - GIB, 1: total // 2 - GIB},
+        ),
+        hugepages=tuple(HugepagePool(node, size, 0, 0) for node in (0, 1) for size in (2 * MIB, GIB)),
+        knobs=dict(KNOBS),
+        links=LINKS,
+        units=() if units else None,
+    )
+
+
+class Died(Exception):
+    """kvmd was killed here."""
+
+
+@dataclass
+class FakeWorld:
+    """`facts` is the world; everything kvmd does to it goes through `apply`."""
+
+    facts: Facts = field(default_factory=fresh)
+    desired: Desired = field(default_factory=Desired)
+    dies_after: int | None = None  # steps (a record written, an effect done) until kvmd is killed
+    wanted: dict[str, bool] = field(default_factory=dict)  # what people asked of guests; else start.auto
+    _pids: int = 1000
+    _journalling: bool = True
+
+    # ---- kvmd's passes
+
+    def plan(self, *, retake: bool = False, prune: bool = False) -> Plan:
+        """What a pass would do."""
+        pools = [entry for entry in self.facts.journal if entry.kind == records.EffectKind.HUGEPAGES]
+        originals = {_pool_key(entry.subject): int(entry.original) for entry in pools}
+        facts = replace(self.facts, lives=self._lives())
+        return plan(self.desired, facts, macs=self.macs(), originals=originals, prune=prune, retake=retake)
+
+    def reconcile(
+        self, desired: Desired | None = None, *, retake: bool = False, prune: bool = False
+    ) -> tuple[AnyAction, ...]:
+        """One pass with everything allowed; guests start last, as in the manager. What was done."""
+        self.desired = desired or self.desired
+        planned = self.plan(retake=retake, prune=prune)
+        done = list(planned.actions)
+        for action in planned.actions:
+            self.apply(action)
+        if any(isinstance(action, StartGuest | RestartGuest) for action in done):
+            pins = [action for action in self.plan().actions if isinstance(action, PinGuest)]
+            done += pins
+            for action in pins:
+                self.apply(action)
+        for knob in planned.yielded:
+            tuned = (replace(one, theirs=knob.theirs) if one.path == knob.path else one for one in self.facts.tuned)
+            self.change(tuned=tuple(tuned))
+        return tuple(done)
+
+    def settle(self, desired: Desired | None = None, passes: int = 3) -> None:
+        """Passes until there is nothing to do. A guest that stops frees what only the next pass can take back."""
+        for _ in range(passes):
+            if not self.reconcile(desired, prune=True):
+                return
+        left = [action.line() for action in self.plan(prune=True).actions]
+        assert not left, f"still to do after {passes} passes: {left}"
+
+    def release(self) -> None:
+        """Put everything back, in the order plan_release gives."""
+        entries = [(e.kind, e.subject, e.original, e.new) for e in self.facts.journal]
+        self._journalling = False
+        try:
+            for undo in plan_release(entries, self.facts):
+                if undo.action:
+                    self.apply(undo.action)
+                self.forget(undo.key)
+        finally:
+            self._journalling = True
+
+    def apply(self, action: Action) -> None:
+        """One action; KeyError when it has no function here."""
+        EFFECTS[type(action)](self, action)
+
+    # ---- the journal, as effects.store keeps it
+
+    def journal(self, key: str, original: str, new: str, why: str) -> None:
+        """Before the effect; not while it is undone, as effects.apply does."""
+        if not self._journalling:
+            return
+        mine = next((entry for entry in self.facts.journal if entry.key == key), None)
+        entry = JournalEntry(key, mine.original if mine else original, new, BOOT, why)
+        if mine:
+            self.change(journal=tuple(entry if one is mine else one for one in self.facts.journal))
+        else:
+            self.change(journal=(*self.facts.journal, entry))
+
+    def forget(self, key: str) -> None:
+        """The effect is undone."""
+        self.change(
+            journal=tuple(entry for entry in self.facts.journal if entry.key != key),
+            tuned=tuple(knob for knob in self.facts.tuned if f"knob:{knob.path}" != key),
+        )
+
+    def change(self, **fields: Any) -> None:
+        """One step: these facts, unless kvmd is killed before it."""
+        if self.dies_after is not None:
+            if self.dies_after == 0:
+                raise Died
+            self.dies_after -= 1
+        self.facts = replace(self.facts, **fields)
+
+    # ---- what others do
+
+    def drift(self, **fields: Any) -> None:
+        """Somebody, or the kernel, changes the world behind kvmd's back."""
+        self.facts = replace(self.facts, **fields)
+
+    def drift_knob(self, path: str, value: str) -> None:
+        """`echo value > path`."""
+        self.drift(knobs={**self.facts.knobs, path: value})
+
+    def drift_link(self, name: str, **fields: Any) -> None:
+        """`ip link set name ...`"""
+        self.drift(links=tuple(replace(one, **fields) if one.name == name else one for one in self.facts.links))
+
+    def drift_pool(self, node: int, page_bytes: int, total: int) -> None:
+        """`echo total > nr_hugepages` of a pool nobody uses."""
+        self._resize(node, page_bytes, total)
+
+    def end_guest(self, name: str) -> None:
+        """Its QEMU is gone, with its TAPs, pages and memory."""
+        guest = next(one for one in self.facts.guests if one.name == name)
+        if guest.page_bytes:
+            pages = -(-guest.memory_bytes // guest.page_bytes)
+            self._use_pages(guest.page_bytes, -pages)
+        else:
+            self._take_memory(-guest.memory_bytes)
+        self.drift(
+            guests=tuple(one for one in self.facts.guests if one is not guest),
+            links=tuple(link for link in self.facts.links if not (link.alias or "").count(f":{name}:")),
+        )
+
+    # ---- guests
+
+    def macs(self) -> Mapping[tuple[str, str], str]:
+        """An address for each NIC, always the same."""
+        return {
+            (name, nic): "02:" + ":".join(f"{byte:02x}" for byte in f"{name}{nic}xxxxx".encode()[:5])
+            for name, guest in self.desired.guests.items()
+            for nic in guest.nic
+        }
+
+    def _lives(self) -> tuple[GuestLife, ...]:
+        alive = {guest.name: guest for guest in self.facts.guests}
+        return tuple(
+            GuestLife(name, alive=name in alive, wanted=self._wanted(name), pending=self._pending(name))
+            for name in sorted(alive.keys() | self.desired.guests.keys())
+        )
+
+    def _wanted(self, name: str) -> bool:
+        guest = self.desired.guests.get(name)
+        return self.wanted.get(name, bool(guest and guest.start.auto))
+
+    def _pending(self, name: str) -> tuple[str, ...]:
+        running = next((guest for guest in self.facts.guests if guest.name == name), None)
+        guest = self.desired.guests.get(name)
+        if running is None or guest is None:
+            return ()
+        changed = (int(guest.memory.size), guest.memory.hugepage_size) != (running.memory_bytes, running.page_bytes)
+        changed |= len(running.vcpu_threads) != guest.cpu.vcpus or _nics(self.desired, name) != _taps(self.facts, name)
+        return ("memory.size",) if changed else ()
+
+    def _start(self, name: str) -> None:
+        self.change()  # a QEMU is there with all it has, or not at all
+        guest = self.desired.guests[name]
+        placement = cpus.place_guest(
+            name,
+            self.desired,
+            self.facts.cpus,
+            {other.name for other in self.facts.guests},
+            taken=cpus.taken_by(self.facts),
+        )
+        assert placement is not None
+        self._pids += 10
+        page = guest.memory.hugepage_size
+        running = RunningGuest(
+            name=name,
+            uuid=name,
+            process=Process(self._pids, self._pids),
+            memory_bytes=int(guest.memory.size),
+            page_bytes=page,
+            vcpu_threads=tuple(range(self._pids + 1, self._pids + 1 + guest.cpu.vcpus)),
+            affinity=tuple(str(each) for each in placement.vcpus),
+            emulator=str(placement.emulator),
+        )
+        if page:
+            self._use_pages(page, -(-int(guest.memory.size) // page))
+        else:
+            self._take_memory(int(guest.memory.size))
+        taps = [_tap(self.facts, self.desired, name, nic, number) for number, nic in enumerate(sorted(guest.nic))]
+        self.drift(guests=(*self.facts.guests, running), links=(*self.facts.links, *taps))
+
+    # ---- memory
+
+    def _resize(self, node: int, page_bytes: int, total: int) -> None:
+        pool = next(one for one in self.facts.hugepages if (one.node, one.page_bytes) == (node, page_bytes))
+        grown = replace(pool, total=total, free=pool.free + total - pool.total)
+        assert grown.free >= 0, f"{page_bytes} node {node}: {total} pages are fewer than are in use"
+        self._take_memory((total - pool.total) * page_bytes)
+        self.facts = replace(self.facts, hugepages=tuple(grown if one is pool else one for one in self.facts.hugepages))
+
+    def _use_pages(self, page_bytes: int, pages: int) -> None:
+        pools = list(self.facts.hugepages)
+        for at, pool in enumerate(pools):
+            if pool.page_bytes == page_bytes:
+                part = min(pages, pool.free) if pages > 0 else max(pages, pool.free - pool.total)
+                pools[at] = replace(pool, free=pool.free - part)
+                pages -= part
+        assert pages == 0, f"{pages} pages of {page_bytes} are missing"
+        self.facts = replace(self.facts, hugepages=tuple(pools))
+
+    def _take_memory(self, amount: int) -> None:
+        memory = self.facts.memory
+        self.facts = replace(self.facts, memory=replace(memory, available_bytes=memory.available_bytes - amount))
+
+    # ---- as text
+
+    def text(self) -> str:
+        """The world, a thing a line; without what a restart of guests may change (pids, CPUs)."""
+        pools = (f"pool {p.page_bytes >> 20}MiB node {p.node}: {p.total}, {p.free} free" for p in self.facts.hugepages)
+        knobs = (f"{path} = {value}" for path, value in sorted(self.facts.knobs.items()))
+        return "\n".join((*knobs, *pools, self.lasting()))
+
+    def lasting(self) -> str:
+        """What a desired state decides alone, whatever was before: no knob that is not mentioned, no node."""
+        facts = self.facts
+        sizes = sorted({pool.page_bytes for pool in facts.hugepages})
+        totals = ((size, sum(pool.total for pool in facts.hugepages if pool.page_bytes == size)) for size in sizes)
+        lines = [f"pools of {size >> 20}MiB: {total}" for size, total in totals]
+        lines += sorted(f"link {replace(link, index=0)}" for link in facts.links)
+        lines += [f"nft {facts.nft}"]
+        lines += sorted(f"dnsmasq {server.network} {server.config_sha256}" for server in facts.dnsmasq)
+        lines += sorted(f"guest {g.name} {g.memory_bytes} {g.page_bytes} x{len(g.vcpu_threads)}" for g in facts.guests)
+        lines += sorted(f"unit {unit}" for unit in facts.units or () if unit.drop_in or unit.enabled)
+        return "\n".join(lines)
+
+
+def _pool_key(subject: str) -> tuple[int, int]:
+    node, page_bytes = subject.split(":")
+    return int(node), int(page_bytes)
+
+
+def _nics(desired: Desired, name: str) -> set[str]:
+    return {f"{table.network}:{name}:{nic}" for nic, table in desired.guests[name].nic.items()}
+
+
+def _taps(facts: Facts, name: str) -> set[str]:
+    return {link.alias.removeprefix("kvmd:") for link in facts.links if link.alias and f":{name}:" in link.alias}
+
+
+def _tap(facts: Facts, desired: Desired, guest: str, nic: str, number: int) -> Link:
+    network = desired.guests[guest].nic[nic].network
+    assert network is not None
+    bridge = bridge_name(network, desired.networks[network])
+    assert any(link.name == bridge for link in facts.links), f"{guest} is plugged into {bridge}, which is not there"
+    index = max(link.index for link in facts.links) + 1 + number
+    alias = tap_alias(network, guest, nic)
+    return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias)
+
+
+# ---- one function for each action ---------------------------------------------------------------------------------
+
+
+def _write_knob(world: FakeWorld, action: WriteKnob) -> None:
+    assert action.path in world.facts.knobs, f"this kernel has no {action.path}"
+    world.journal(records.knob_key(action.path), action.old, action.new, action.why)
+    knobs = {**world.facts.knobs, action.path: action.new}
+    if action.path == f"{KSM}/advisor_mode" and action.new == "none":
+        knobs[f"{KSM}/pages_to_scan"] = KERNEL_RATE
+    world.change(knobs=knobs)
+    if not action.requirement:
+        rest = tuple(knob for knob in world.facts.tuned if knob.path != action.path)
+        tuned = (*rest, TunedKnob(action.path, action.new, action.why))
+        world.change(tuned=tuple(sorted(tuned, key=lambda knob: knob.path)))
+
+
+def _set_hugepages(world: FakeWorld, action: SetHugepages) -> None:
+    key = records.hugepages_key(action.node, action.page_bytes)
+    world.journal(key, str(action.old), str(action.new), action.why)
+    world.change()
+    world._resize(action.node, action.page_bytes, action.new)
+
+
+def _ensure_bridge(world: FakeWorld, action: EnsureBridge) -> None:
+    old = next((link for link in world.facts.links if link.name == action.bridge), None)
+    if action.change == "create":
+        world.journal(records.bridge_key(action.bridge), "", action.network, action.why)
+    made = Link(
+        action.bridge,
+        old.index if old else max(link.index for link in world.facts.links) + 1,
+        kind="bridge",
+        mac=bridge_mac(action.bridge),
+        mtu=action.mtu,
+        up=True,
+        alias=bridge_alias(action.network),
+        addresses=action.addresses,
+        stp=action.stp,
+    )
+    world.change(links=(*(link for link in world.facts.links if link is not old), made))
+
+
+def _remove_bridge(world: FakeWorld, action: RemoveBridge) -> None:
+    assert not any(link.master == action.bridge for link in world.facts.links), f"{action.bridge} has ports"
+    world.change(links=tuple(link for link in world.facts.links if link.name != action.bridge))
+    world.forget(records.bridge_key(action.bridge))
+
+
+def _replace_ruleset(world: FakeWorld, action: ReplaceRuleset) -> None:
+    world.journal(records.ruleset_key("inet kvmd"), "", action.change, action.why)
+    world.change(nft=fingerprint(action.text) if action.text else None)
+    if not action.text:
+        world.forget(records.ruleset_key("inet kvmd"))
+
+
+def _start_dnsmasq(world: FakeWorld, action: StartDnsmasq) -> None:
+    bridge = bridge_of(action.config)
+    assert any(link.name == bridge for link in world.facts.links), f"no bridge {bridge} to serve on"
+    world.journal(records.dnsmasq_key(action.network), "", action.network, action.why)
+    rest = tuple(server for server in world.facts.dnsmasq if server.network != action.network)
+    world.change(dnsmasq=(*rest, Dnsmasq(action.network, 7, 7, config_sha256(action.config))))
+
+
+def _stop_dnsmasq(world: FakeWorld, action: StopDnsmasq) -> None:
+    world.change(dnsmasq=tuple(server for server in world.facts.dnsmasq if server.network != action.network))
+    world.forget(records.dnsmasq_key(action.network))
+
+
+def _start_guest(world: FakeWorld, action: StartGuest) -> None:
+    if all(guest.name != action.guest for guest in world.facts.guests):
+        world._start(action.guest)
+
+
+def _stop_guest(world: FakeWorld, action: StopGuest) -> None:
+    world.end_guest(action.guest)
+
+
+def _restart_guest(world: FakeWorld, action: RestartGuest) -> None:
+    world.end_guest(action.guest)
+    world._start(action.guest)
+
+
+def _pin_guest(world: FakeWorld, action: PinGuest) -> None:
+    world.change(
+        guests=tuple(
+            replace(guest, affinity=action.vcpus, emulator=action.emulator) if guest.name == action.guest else guest
+            for guest in world.facts.guests
+        )
+    )
+
+
+def _unit(world: FakeWorld, name: str) -> GuestUnit:
+    return next((unit for unit in world.facts.units or () if unit.guest == name), GuestUnit(name))
+
+
+def _set_unit(world: FakeWorld, unit: GuestUnit) -> None:
+    rest = tuple(one for one in world.facts.units or () if one.guest != unit.guest)
+    world.change(units=(*rest, unit) if unit.drop_in or unit.enabled else rest)
+
+
+def _write_drop_in(world: FakeWorld, action: WriteDropIn) -> None:
+    _set_unit(world, replace(_unit(world, action.guest), drop_in=action.text))
+
+
+def _enable_guest(world: FakeWorld, action: EnableGuest) -> None:
+    _set_unit(world, replace(_unit(world, action.guest), enabled=action.on))
+
+
+EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
+    WriteKnob: _write_knob,
+    SetHugepages: _set_hugepages,
+    EnsureBridge: _ensure_bridge,
+    RemoveBridge: _remove_bridge,
+    ReplaceRuleset: _replace_ruleset,
+    StartDnsmasq: _start_dnsmasq,
+    StopDnsmasq: _stop_dnsmasq,
+    StartGuest: _start_guest,
+    StopGuest: _stop_guest,
+    RestartGuest: _restart_guest,
+    PinGuest: _pin_guest,
+    WriteDropIn: _write_drop_in,
+    EnableGuest: _enable_guest,
+}
