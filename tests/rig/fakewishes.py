@@ -43,6 +43,7 @@ def everything(*, merging: str = "kvmd") -> Desired:
             "ksm": {"mode": merging, "across_nodes": False},
             "thp": {"enabled": "madvise", "defrag": "defer"},
             "swap": {"swappiness": 10},
+            "modules": {"load": ["vhost_net"]},
         }
     )
     return Desired(

@@ -17,6 +17,7 @@ from kvmd.actions import (
     Disruption,
     EnableGuest,
     EnsureBridge,
+    LoadModule,
     PinGuest,
     RemoveBridge,
     ReplaceRuleset,
@@ -26,6 +27,7 @@ from kvmd.actions import (
     StartGuest,
     StopDnsmasq,
     StopGuest,
+    UnloadModule,
     WriteDropIn,
     WriteKnob,
 )
@@ -41,16 +43,18 @@ from kvmd.facts import (
     JournalEntry,
     Link,
     Memory,
+    Module,
     Process,
     RunningGuest,
+    Thread,
     TunedKnob,
 )
 from kvmd.plan import cpus
 from kvmd.plan.dnsmasq import bridge_of, config_sha256
 from kvmd.plan.host import Plan, plan
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
-from kvmd.plan.network import FORWARDING, bridge_alias, bridge_mac, tap_alias, tap_name
-from kvmd.plan.nft import fingerprint
+from kvmd.plan.network import FORWARDING, FORWARDING6, bridge_alias, bridge_mac, tap_alias, tap_name
+from kvmd.plan.nfttable import NETWORKS, PORTS, fingerprint
 from kvmd.plan.release import plan_release
 from tests.rig.hosts import GIB, MIB, topology
 
@@ -70,7 +74,9 @@ KNOBS: Mapping[str, str] = {
     f"{THP}/defrag": "madvise",
     SWAPPINESS: "60",
     FORWARDING: "0",
+    FORWARDING6: "0",
 }
+MODULES = {name: Module(name, "available") for name in ("vfio_pci", "vhost_net", "zram")}
 LINKS = (
     Link("lo", 1, mac="00:00:00:00:00:00", mtu=65536, up=True, addresses=("127.0.0.1/8",)),
     Link("eno1", 2, mac="fc:00:00:00:00:01", up=True, addresses=("192.0.2.7/24",)),
@@ -94,6 +100,8 @@ def fresh(*, total: int = 64 * GIB, units: bool = True) -> Facts:
         ),
         hugepages=tuple(HugepagePool(node, size, 0, 0) for node in (0, 1) for size in (2 * MIB, GIB)),
         knobs=dict(KNOBS),
+        modules=dict(MODULES),
+        nodes=frozenset({"/dev/vfio/vfio", "/dev/vhost-net"}),
         links=LINKS,
         units=() if units else None,
     )
@@ -276,7 +284,8 @@ class FakeWorld:
             page_bytes=page,
             vcpu_threads=tuple(range(self._pids + 1, self._pids + 1 + guest.cpu.vcpus)),
             affinity=tuple(str(each) for each in placement.vcpus),
-            emulator=str(placement.emulator),
+            others=(Thread(self._pids, "qemu-system-x86", str(placement.emulator)),),
+            nodes=guest.cpu.nodes,
         )
         if page:
             self._use_pages(page, -(-int(guest.memory.size) // page))
@@ -323,7 +332,8 @@ class FakeWorld:
         totals = ((size, sum(pool.total for pool in facts.hugepages if pool.page_bytes == size)) for size in sizes)
         lines = [f"pools of {size >> 20}MiB: {total}" for size, total in totals]
         lines += sorted(f"link {replace(link, index=0)}" for link in facts.links)
-        lines += [f"nft {facts.nft}"]
+        lines += [f"nft {facts.nft}, {facts.nft_ports}"]
+        lines += sorted(f"module {name} {found.state}" for name, found in facts.modules.items())
         lines += sorted(f"dnsmasq {server.network} {server.config_sha256}" for server in facts.dnsmasq)
         lines += sorted(f"guest {g.name} {g.memory_bytes} {g.page_bytes} x{len(g.vcpu_threads)}" for g in facts.guests)
         lines += sorted(f"unit {unit}" for unit in facts.units or () if unit.drop_in or unit.enabled)
@@ -401,10 +411,11 @@ def _remove_bridge(world: FakeWorld, action: RemoveBridge) -> None:
 
 
 def _replace_ruleset(world: FakeWorld, action: ReplaceRuleset) -> None:
-    world.journal(records.ruleset_key("inet kvmd"), "", action.change, action.why)
-    world.change(nft=fingerprint(action.text) if action.text else None)
+    world.journal(records.ruleset_key(action.table), "", action.change, action.why)
+    table = {NETWORKS: "nft", PORTS: "nft_ports"}[action.table]
+    world.change(**{table: fingerprint(action.text) if action.text else None})
     if not action.text:
-        world.forget(records.ruleset_key("inet kvmd"))
+        world.forget(records.ruleset_key(action.table))
 
 
 def _start_dnsmasq(world: FakeWorld, action: StartDnsmasq) -> None:
@@ -418,6 +429,17 @@ def _start_dnsmasq(world: FakeWorld, action: StartDnsmasq) -> None:
 def _stop_dnsmasq(world: FakeWorld, action: StopDnsmasq) -> None:
     world.change(dnsmasq=tuple(server for server in world.facts.dnsmasq if server.network != action.network))
     world.forget(records.dnsmasq_key(action.network))
+
+
+def _load_module(world: FakeWorld, action: LoadModule) -> None:
+    assert world.facts.modules[action.name].state in ("available", "loaded")
+    world.journal(records.module_key(action.name), "", action.name, action.why)
+    world.change(modules={**world.facts.modules, action.name: Module(action.name, "loaded")})
+
+
+def _unload_module(world: FakeWorld, action: UnloadModule) -> None:
+    world.change(modules={**world.facts.modules, action.name: Module(action.name, "available")})
+    world.forget(records.module_key(action.name))
 
 
 def _start_guest(world: FakeWorld, action: StartGuest) -> None:
@@ -437,7 +459,13 @@ def _restart_guest(world: FakeWorld, action: RestartGuest) -> None:
 def _pin_guest(world: FakeWorld, action: PinGuest) -> None:
     world.change(
         guests=tuple(
-            replace(guest, affinity=action.vcpus, emulator=action.emulator) if guest.name == action.guest else guest
+            replace(
+                guest,
+                affinity=action.vcpus,
+                others=tuple(replace(thread, cpus=action.emulator) for thread in guest.others),
+            )
+            if guest.name == action.guest
+            else guest
             for guest in world.facts.guests
         )
     )
@@ -468,6 +496,8 @@ EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     ReplaceRuleset: _replace_ruleset,
     StartDnsmasq: _start_dnsmasq,
     StopDnsmasq: _stop_dnsmasq,
+    LoadModule: _load_module,
+    UnloadModule: _unload_module,
     StartGuest: _start_guest,
     StopGuest: _stop_guest,
     RestartGuest: _restart_guest,

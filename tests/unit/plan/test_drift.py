@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from kvmd.actions import WriteKnob
-from kvmd.facts import GuestUnit, Link
+from kvmd.facts import GuestUnit, Link, Module, Thread
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.network import FORWARDING, bridge_alias, bridge_mac
 from tests.rig.fakewishes import everything
@@ -144,7 +144,16 @@ DRIFTS = (
     # guests
     Drift("guest killed", lambda world: world.end_guest("db"), ("+ guest db: start",)),
     Drift("vCPUs moved", pinned(affinity=("0-7", "0-7")), ("~ guest web: vCPUs on 0-7 0-7 -> 1 2",)),
-    Drift("threads moved", pinned(emulator="0-7"), ("~ guest web: vCPUs on 1 2 -> 1 2",)),
+    Drift(
+        "threads moved",
+        pinned(others=(Thread(1, "vhost-7", "0-7"),)),
+        ("~ guest web: vhost-7 on 0-7 -> 0",),
+    ),
+    Drift(
+        "module gone",
+        lambda world: world.drift(modules={**world.facts.modules, "vhost_net": Module("vhost_net", "available")}),
+        ("+ module vhost_net",),
+    ),
     Drift("drop-in edited", unit("db", drop_in="[Service]\n"), ("~ guest db: drop-in of its unit",)),
     Drift("drop-in made", unit("web", drop_in="[Service]\n"), ("- guest web: drop-in of its unit",)),
     Drift("link removed", unit("web", enabled=False), ("+ guest web: start with the host",)),
