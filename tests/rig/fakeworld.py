@@ -53,7 +53,8 @@ from kvmd.plan import cpus
 from kvmd.plan.dnsmasq import bridge_of, config_sha256
 from kvmd.plan.host import Plan, plan
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
-from kvmd.plan.network import FORWARDING, FORWARDING6, bridge_alias, bridge_mac, tap_alias, tap_name
+from kvmd.plan.links import bridge_alias, bridge_mac, tap_alias, tap_name
+from kvmd.plan.network import FORWARDING, FORWARDING6
 from kvmd.plan.nfttable import NETWORKS, PORTS, fingerprint
 from kvmd.plan.release import plan_release
 from tests.rig.hosts import GIB, MIB, topology

@@ -10,7 +10,8 @@ import pytest
 from kvmd.actions import WriteKnob
 from kvmd.facts import GuestUnit, Link, Module, Thread
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
-from kvmd.plan.network import FORWARDING, bridge_alias, bridge_mac
+from kvmd.plan.links import bridge_alias, bridge_mac
+from kvmd.plan.network import FORWARDING
 from tests.rig.fakewishes import everything
 from tests.rig.fakeworld import FakeWorld
 from tests.rig.hosts import GIB, MIB
