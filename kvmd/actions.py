@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from kvmd.facts import VlanRange
+
 
 class Disruption(StrEnum):
     """Whom an action disturbs. `reconcile` does NONE and what kvmd.toml's `apply.allow` adds."""
@@ -68,6 +70,7 @@ class EnsureBridge(Action):
     bridge: str
     mtu: int = 1500
     stp: bool = False
+    vlan_filtering: bool = False
     addresses: tuple[str, ...] = ()
     change: str = "create"  # what differs, for people
 
@@ -75,6 +78,29 @@ class EnsureBridge(Action):
         if self.change == "create":
             return f"+ bridge {self.bridge}" + (f" {' '.join(self.addresses)}" if self.addresses else "")
         return f"~ bridge {self.bridge}: {self.change}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPortVlans(Action):
+    """Give a port of a filtering bridge exactly these VLANs."""
+
+    port: str
+    bridge: str
+    vlans: tuple[VlanRange, ...]
+    old: tuple[VlanRange, ...] = ()
+
+    def line(self) -> str:
+        return f"~ port {self.port} of {self.bridge}: VLANs {vlans_text(self.old)} -> {vlans_text(self.vlans)}"
+
+
+def vlans_text(vlans: tuple[VlanRange, ...]) -> str:
+    """ "10 untagged", "1 untagged, 20, 30-39", "none"."""
+    parts = []
+    for each in vlans:
+        span = str(each.first) if each.first == each.last else f"{each.first}-{each.last}"
+        notes = " untagged" if each.pvid and each.untagged else " pvid" * each.pvid + " egress untagged" * each.untagged
+        parts.append(span + notes)
+    return ", ".join(parts) or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +244,7 @@ HostAction = (
     WriteKnob
     | SetHugepages
     | EnsureBridge
+    | SetPortVlans
     | RemoveBridge
     | ReplaceRuleset
     | StartDnsmasq

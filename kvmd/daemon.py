@@ -27,7 +27,8 @@ from kvmd.effects.apply import HostApplier
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.handover import Asking, HandoverServer, listen_private
 from kvmd.effects.history import History
-from kvmd.effects.netlink import Netlink, watch_links
+from kvmd.effects.linkwatch import watch_links
+from kvmd.effects.netlink import Netlink
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.statelock import lock_state
 from kvmd.effects.store import Store

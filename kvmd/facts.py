@@ -78,6 +78,16 @@ class Memory:
     node_free_bytes: Mapping[int, int] = field(default_factory=lambda: EMPTY)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class VlanRange:
+    """VLANs first to last of a bridge port, which are alike (linux/if_bridge.h, BRIDGE_VLAN_INFO_*)."""
+
+    first: int
+    last: int
+    pvid: bool = False  # untagged frames that come in belong to it
+    untagged: bool = False  # its frames go out without a tag
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """One network interface of the namespace kvmd runs in."""
@@ -94,6 +104,9 @@ class Link:
     stp: bool | None = None  # bridges only
     vlan_filtering: bool | None = None  # bridges only
     port_isolated: bool | None = None  # bridge ports only
+    default_pvid: int | None = None  # bridges only; 0: none; None: this kernel has no VLAN filtering
+    vlans: tuple[VlanRange, ...] | None = None  # of a port, sorted and merged; None: not looked at
+    parent: str | None = None  # the link below, of a VLAN or a macvtap
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +239,7 @@ class Facts:
     modules: Mapping[str, Module] = field(default_factory=lambda: EMPTY)  # by the name that was asked for
     nodes: frozenset[str] = frozenset()  # device nodes that are there, of those some module makes
     links: tuple[Link, ...] = ()
+    vlan_filtering: bool | None = None  # whether bridges can; None: not known before there is one
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
     nft: str | None = None  # fingerprint comment of our table of networks, None: there is none
     nft_ports: str | None = None  # the same of our table of ports

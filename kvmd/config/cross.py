@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kvmd.config.daemon import Daemon
+from kvmd.config.devices import Nic
 from kvmd.config.faults import Complaint
 from kvmd.config.guest import Guest
 from kvmd.config.lines import KeyPath
-from kvmd.config.network import Network, bridge_name, overlap
+from kvmd.config.network import Network, bridge_name, makes_bridge, overlap
 from kvmd.config.network_rules import Address, address_fault, unserved
 
 
@@ -121,6 +122,7 @@ class Guests:
             if nic.network not in self.known_networks:
                 yield _unknown(path, "network", nic.network, self.known_networks, "networks.d")
             elif (network := self.networks.get(nic.network)) is not None:
+                yield from _vlans(("nic", name), nic, nic.network, network)
                 for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
                     if address is not None:
                         yield from _address(("nic", name, key), address, nic.network, network)
@@ -172,6 +174,19 @@ def _unknown(path: KeyPath, what: str, name: str, known: Iterable[str], director
     close = difflib.get_close_matches(name, sorted(known), n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"there is no {directory}/{name}.toml"
     return Complaint(path, f'unknown {what} "{name}"', hint)
+
+
+def _vlans(path: KeyPath, nic: Nic, name: str, network: Network) -> Iterator[Complaint]:
+    key = "vlan" if nic.vlan is not None else "vlans"
+    if nic.vlan is None and not nic.vlans:
+        return
+    where = f"networks.d/{name}.toml"
+    if not network.network.vlan_filtering:
+        text = "nothing would keep the VLAN apart: the network has vlan_filtering = false"
+        yield Complaint((*path, key), text, f"vlan_filtering = true in {where}")
+    elif makes_bridge(network) and (network.ipv4 or network.ipv6) and nic.vlan != 1 and nic.native_vlan != 1:
+        text = "the network's gateway, DHCP and DNS are in VLAN 1, untagged: this port does not reach them"
+        yield Complaint((*path, key), text, f"see {where}", severity="warning")
 
 
 def _address(path: KeyPath, address: Address, name: str, network: Network) -> Iterator[Complaint]:

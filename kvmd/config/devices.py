@@ -18,6 +18,7 @@ from kvmd.config.scalars import (
     Path,
     PciAddress,
     QemuWord,
+    Vlan,
 )
 
 _BLOCK_FORMATS_LATER = ("vmdk", "vdi", "vhdx", "vpc", "qed", "luks")
@@ -140,9 +141,9 @@ class Nic(Table):
         default_text="the network's",
     )
     queues: int = key(1, "Queue pairs, at most one per vCPU.", mark="!", classic="queues=", ge=1, le=256)
-    vlan: None = later("number", "Access port's VLAN.", mark="~")
-    vlans: None = later("list of number", "Tagged VLANs.", mark="~")
-    native_vlan: None = later("number", "Untagged VLAN of a trunk.", mark="~")
+    vlan: Vlan | None = key(None, "Access port: this VLAN, without a tag.", mark="~", example="10")
+    vlans: tuple[Vlan, ...] = key((), "Trunk port: these VLANs, with tags.", mark="~", example="[10, 20]")
+    native_vlan: Vlan | None = key(None, "Of a trunk: this VLAN besides, without a tag.", mark="~", example="5")
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
     ipv6: Ipv6 | None = key(None, "As ipv4: the DHCPv6 reservation and the name's address.", mark="~")
     link: None = later("boolean", "Cable plugged in.", mark="~")

@@ -49,7 +49,12 @@ class About(Table):
     )
     mtu: int = key(1500, "Of bridge and TAPs.", mark="~", unit="bytes", ge=68, le=65535)
     stp: bool = key(False, "Spanning tree.", mark="~")
-    vlan_filtering: Literal[False] = key(False, "Ports with VLANs.", mark="~", later_values=(True,))
+    vlan_filtering: bool = key(
+        False,
+        'Ports carry VLANs, each only its own. With mode = "bridge" the bridge has to filter already.',
+        mark="~",
+        needs="CONFIG_BRIDGE_VLAN_FILTERING in the host's kernel",
+    )
     guests_isolated: bool = key(False, "Guests of this network cannot talk to each other.", mark="~")
     description: str = key("", "For people.", max_length=1000, example='"office guests"')
 

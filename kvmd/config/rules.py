@@ -177,6 +177,7 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
         for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
             if address is not None:
                 yield Complaint((*path, key), "only with network")
+    yield from _vlans(path, nic)
     if nic.net is not None and nic.dns is not None and nic.dns not in nic.net:
         yield Complaint((*path, "dns"), f"{nic.dns} is outside net = {nic.net}")
     for key, given in (("mtu", nic.mtu is not None), ("queues", nic.queues > 1)):
@@ -186,6 +187,21 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
         yield Complaint((*path, "queues"), "only with network")
     elif nic.queues > vcpus:
         yield Complaint((*path, "queues"), f"{nic.queues} queue pairs, but cpu.vcpus = {vcpus}")
+
+
+def _vlans(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
+    if nic.network is None:
+        for key, value in (("vlan", nic.vlan), ("vlans", nic.vlans), ("native_vlan", nic.native_vlan)):
+            if value:
+                yield Complaint((*path, key), "only with network")
+    if nic.vlan is not None and nic.vlans:
+        yield Complaint((*path, "vlan"), "an access port has one VLAN, a trunk has vlans", "leave out vlan or vlans")
+    if nic.native_vlan is not None and not nic.vlans:
+        yield Complaint((*path, "native_vlan"), "only with vlans", f"vlan = {nic.native_vlan} for an access port")
+    if nic.native_vlan in nic.vlans:
+        yield Complaint((*path, "native_vlan"), f"{nic.native_vlan} is one of vlans too, which go with a tag")
+    if len(set(nic.vlans)) != len(nic.vlans):
+        yield Complaint((*path, "vlans"), "names a VLAN twice")
 
 
 def _nics_together(guest: Guest) -> Iterator[Complaint]:

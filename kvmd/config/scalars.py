@@ -464,6 +464,7 @@ Ipv6InterfaceT = Annotated[
 Ip = Annotated[
     ipaddress.IPv4Address | ipaddress.IPv6Address, PlainValidator(_ip), Kind("IPv4 or IPv6 address", '"192.0.2.53"')
 ]
+Vlan = Annotated[int, PlainValidator(_count(1, 4094, "a VLAN, a number from 1 to 4094")), Kind("VLAN", "10")]
 Path = Annotated[str, PlainValidator(_path), Kind("absolute path", '"/srv/vm/web.qcow2"')]
 Emulator = Annotated[str, PlainValidator(_emulator), Kind("program", '"qemu-system-x86_64"')]
 Interface = Annotated[str, PlainValidator(_interface), Kind("interface name", '"br0"')]

@@ -18,6 +18,7 @@ from kvmd.actions import (
     RemoveBridge,
     ReplaceRuleset,
     SetHugepages,
+    SetPortVlans,
     StartDnsmasq,
     StopDnsmasq,
     UnloadModule,
@@ -72,6 +73,8 @@ class HostApplier:
                 if action.change == "create":
                     self._journal(records.bridge_key(action.bridge), ABSENT, action.network, action.why)
                 await self._netlink.ensure_bridge(action)
+            case SetPortVlans():
+                await self._netlink.set_port_vlans(action)
             case RemoveBridge():
                 await self._netlink.remove_bridge(action)
                 self._store.forget(records.bridge_key(action.bridge))

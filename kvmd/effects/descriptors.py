@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
@@ -18,6 +18,7 @@ from kvmd.effects import files, images
 from kvmd.effects.handover import listen_private
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import HostFailed
+from kvmd.facts import VlanRange
 from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenTap, OpenVhostNet
 from kvmd.qemu.storage import ImageFact
 
@@ -31,6 +32,7 @@ class TapPlan:
     mtu: int
     alias: str
     port_isolated: bool
+    vlans: Callable[[int], tuple[VlanRange, ...]] | None = None  # of a bridge that filters, by its default VLAN
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class Opener:
             alias=plan.alias,
             port_isolated=plan.port_isolated,
             queues=queues,
+            vlans=plan.vlans,
         )
 
     def close(self) -> None:

@@ -19,16 +19,18 @@ import re
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from ipaddress import ip_interface
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvmd.actions import EnsureBridge, RemoveBridge
+from kvmd.actions import EnsureBridge, RemoveBridge, SetPortVlans
 from kvmd.errors import Conflict, HostFailed, KvmdError, NotSupported
-from kvmd.facts import Link
+from kvmd.facts import Link, VlanRange
 from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
+from kvmd.plan.vlans import NO_KERNEL, entries_of, ranges_of, without
 
 T = TypeVar("T")
 
@@ -38,8 +40,11 @@ _TEMPORARY = frozenset({errno.EBUSY, errno.EAGAIN, errno.ENOBUFS, errno.EINTR})
 _GONE = frozenset({errno.ENODEV, errno.ESRCH, errno.ENXIO, errno.EADDRNOTAVAIL})
 
 _IFF_UP = 0x1  # linux/if.h
+_MAX_MTU = 65535
+_STACKED = frozenset({"vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec"})
+_MODULES = "/proc/modules"  # absent: a kernel that loads none, so what is not there now never is
+_RTEXT_FILTER_BRVLAN_COMPRESSED = 4  # linux/rtnetlink.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
-_RTMGRP_LINK = 1  # linux/rtnetlink.h
 _TUN = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA  # this and the flags: linux/if_tun.h
 _IFF_TAP = 0x0002
@@ -67,7 +72,7 @@ def _code(error: Exception) -> int:
     return errno.EINTR if code == -1 else abs(code)
 
 
-def _refused(what: str, error: Exception) -> HostFailed:
+def refused(what: str, error: Exception) -> HostFailed:
     code = _code(error)
     reason = os.strerror(code) if code else str(error)
     return HostFailed(f"cannot {what}: {reason}", hint=_HINTS.get(code), errno=code)
@@ -105,7 +110,7 @@ class Netlink:
                 try:
                     await route.__aenter__()
                 except self._errors as error:
-                    raise _refused("open a netlink socket", error) from None
+                    raise refused("open a netlink socket", error) from None
                 self._route = route
         return self._route
 
@@ -126,7 +131,7 @@ class Netlink:
                 if gone_ok and _code(error) in _GONE:
                     return None
                 if pause is None or _code(error) not in _TEMPORARY:
-                    raise _refused(what, error) from None
+                    raise refused(what, error) from None
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -141,8 +146,11 @@ class Netlink:
 
         return await self._request(f"read {what}", collect) or []
 
-    async def observe_links(self) -> tuple[Link, ...]:
-        """Every link of the namespace with its addresses (without fe80 ones), in index order. Raises HostFailed."""
+    async def observe_links(self, *, vlans: bool = False) -> tuple[Link, ...]:
+        """Every link of the namespace with its addresses (without fe80 ones), in index order. Raises HostFailed.
+
+        `vlans`: those of bridge ports too; that is one more dump.
+        """
         messages = await self._dump("link", "the links")
         addresses: defaultdict[int, list[str]] = defaultdict(list)
         for message in await self._dump("addr", "the addresses"):
@@ -151,7 +159,68 @@ class Netlink:
                 addresses[message["index"]].append(address)
         names = {message["index"]: message.get("ifname") for message in messages}
         links = [_link_fact(message, names, tuple(addresses[message["index"]])) for message in messages]
+        if vlans:
+            carried = await self._port_vlans()
+            links = [replace(link, vlans=carried.get(link.index, ())) if link.master else link for link in links]
         return tuple(sorted(links, key=lambda link: link.index))
+
+    async def _port_vlans(self) -> dict[int, tuple[VlanRange, ...]]:
+        """VLANs by index of the port, or of the bridge itself."""
+        asked = {"family": socket.AF_BRIDGE, "ext_mask": _RTEXT_FILTER_BRVLAN_COMPRESSED}
+        return {
+            message["index"]: ranges_of(
+                (entry["vid"], entry["flags"]) for entry in spec.get_attrs("IFLA_BRIDGE_VLAN_INFO")
+            )
+            for message in await self._dump("link", "the VLANs of bridge ports", **asked)
+            if (spec := message.get("af_spec")) is not None
+        }
+
+    async def can_filter_vlans(self, links: Iterable[Link]) -> bool | None:
+        """Whether bridges of this kernel filter VLANs; None: not known before the module `bridge` is loaded."""
+        bridges = [link for link in links if link.kind == "bridge"]
+        if bridges:
+            return bridges[0].default_pvid is not None
+
+        async def ask(route: Any) -> None:
+            async for _ in await route.vlandb("dump", dump_flags=1):
+                pass
+
+        try:
+            await self._request("ask for VLAN filtering", ask)
+        except HostFailed as error:
+            if error.details.get("errno") == errno.EOPNOTSUPP:
+                return None if os.access(_MODULES, os.F_OK) else False
+            raise
+        return True
+
+    async def set_port_vlans(self, action: SetPortVlans) -> None:
+        """Give a port exactly these VLANs: new ones before old ones go. NotSupported, HostFailed."""
+        link = next((link for link in await self.observe_links(vlans=True) if link.name == action.port), None)
+        if link is None or link.vlans is None:
+            what = f"port {action.port} of bridge {action.bridge} is gone"
+            raise HostFailed(what, hint="its guest stopped meanwhile; the next plan does not name it")
+        await self._change_vlans(link.name, link.index, link.vlans, action.vlans)
+
+    async def _change_vlans(
+        self, name: str, index: int, old: tuple[VlanRange, ...], new: tuple[VlanRange, ...]
+    ) -> None:
+        kept = {vid for each in new for vid in range(each.first, each.last + 1)}
+        wanted = [("add", each) for each in new if each not in old]
+        extra = [("del", each) for part in old for each in without(part, kept)]
+        for command, each in (*wanted, *extra):
+            vid = str(each.first) if each.first == each.last else f"{each.first}-{each.last}"
+            what = f"{'give' if command == 'add' else 'take'} {name} VLAN {vid}"
+            await self._vlan(what, command, index, each)
+
+    async def _vlan(self, what: str, command: str, index: int, each: VlanRange) -> None:
+        info = [{"vid": vid, "flags": flags} for vid, flags in entries_of(each)]
+        spec = {"attrs": [("IFLA_BRIDGE_VLAN_INFO", part) for part in info]}
+        try:
+            await self._request(what, lambda route: route.vlan_filter(command, index=index, IFLA_AF_SPEC=spec))
+        except HostFailed as error:
+            if error.details.get("errno") == errno.EOPNOTSUPP:
+                raise NotSupported(f"cannot {what}: {NO_KERNEL}") from None
+            raise
 
     async def _find(self, name: str) -> Link | None:
         """One link by name, with its addresses."""
@@ -177,6 +246,11 @@ class Netlink:
                 link=name,
             )
         what = f"set up bridge {name} (mtu {action.mtu}, stp {'on' if action.stp else 'off'})"
+        filtering: dict[str, Any] = (
+            {"br_vlan_filtering": int(action.vlan_filtering)} if link.default_pvid is not None else {}
+        )
+        if action.vlan_filtering and not filtering:
+            raise NotSupported(f"cannot set up bridge {name}: {NO_KERNEL}")
         await self._link(
             what,
             "set",
@@ -186,6 +260,7 @@ class Netlink:
             address=bridge_mac(name),
             mtu=action.mtu,
             ifalias=bridge_alias(action.network),
+            **filtering,
         )
         if any(":" in address for address in action.addresses):
             await asyncio.to_thread(_allow_ipv6, name)
@@ -200,6 +275,9 @@ class Netlink:
         except HostFailed as error:
             if error.details.get("errno") != errno.EEXIST:
                 raise
+        # Only an MTU that was once changed is kept when a port has a lower one (br_if.c, BROPT_MTU_SET_BY_USER).
+        other = action.mtu + 1 if action.mtu < _MAX_MTU else action.mtu - 1
+        await self._link(f"give bridge {name} an MTU of its own", "set", ifname=name, mtu=other)
         link = await self._find(name)
         if link is None:
             raise HostFailed(f"bridge {name} vanished while it was being made", hint="does something else remove it?")
@@ -245,10 +323,19 @@ class Netlink:
         await self._link(f"remove bridge {name}", "del", index=link.index, gone_ok=True)
 
     async def open_tap(
-        self, name: str, *, bridge: str, mtu: int, alias: str, port_isolated: bool = False, queues: int = 1
+        self,
+        name: str,
+        *,
+        bridge: str,
+        mtu: int,
+        alias: str,
+        port_isolated: bool = False,
+        queues: int = 1,
+        vlans: Callable[[int], tuple[VlanRange, ...]] | None = None,
     ) -> list[int]:
         """A new TAP, up and in `bridge`; one descriptor per queue, owned by the caller. It vanishes with the last one.
 
+        `vlans` of a bridge that filters: what the port carries, given the bridge's default VLAN.
         Conflict if a link of that name exists; HostFailed if there is no TUN driver or no such bridge.
         """
         _checked(name)
@@ -261,19 +348,34 @@ class Netlink:
             raise HostFailed(f'TAP {name}: bridge "{bridge}" does not exist', hint=hint, bridge=bridge) from None
         fds = _open_queues(name, queues)
         try:
-            await self._plug(name, bridge=bridge, master=master, mtu=mtu, alias=alias, isolated=port_isolated)
+            index = await self._plug(name, bridge=bridge, master=master, mtu=mtu, alias=alias, isolated=port_isolated)
+            if vlans:
+                await self._fence(name, index, bridge, vlans)
+            # Up at last: no frame passes before the address mode, the isolation and the VLANs are set.
+            await self._link(f"set TAP {name} up", "set", index=index, state="up")
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
         return fds
 
-    async def _plug(self, name: str, *, bridge: str, master: int, mtu: int, alias: str, isolated: bool) -> None:
+    async def _fence(self, name: str, index: int, bridge: str, vlans: Callable[[int], tuple[VlanRange, ...]]) -> None:
+        """A port that is still down: its bridge gave it the default VLAN, it gets its own."""
+        there = await self._find(bridge)
+        if there is None or there.default_pvid is None:
+            raise NotSupported(f"TAP {name}: {NO_KERNEL}")
+        if not there.vlan_filtering:
+            hint = f"ip link set {bridge} type bridge vlan_filtering 1"
+            raise Conflict(f'TAP {name}: bridge "{bridge}" does not filter VLANs', hint=hint)
+        given = (await self._port_vlans()).get(index, ())
+        await self._change_vlans(name, index, given, vlans(there.default_pvid))
+
+    async def _plug(self, name: str, *, bridge: str, master: int, mtu: int, alias: str, isolated: bool) -> int:
         what = f"put TAP {name} into {bridge} (mtu {mtu})"
         try:
             index = socket.if_nametoindex(name)
         except OSError as error:
-            raise _refused(what, error) from None
+            raise refused(what, error) from None
         values: dict[str, Any] = {"index": index, "master": master, "mtu": mtu, "address": tap_mac(name)}
         values["ifalias"] = alias
         no_address = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_NONE)]})]}
@@ -288,47 +390,7 @@ class Netlink:
                 f"isolate TAP {name} from other ports of {bridge}",
                 lambda route: route.brport("set", index=index, isolated=1),
             )
-        # Up at last: no frame passes before the address mode and the isolation are set.
-        await self._link(what, "set", index=index, state="up")
-
-
-async def watch_links(changed: Callable[[], None], *, settle_s: float = 0.5, buffer_bytes: int = 1 << 20) -> None:
-    """For ever: call `changed()` once links of the namespace came, went or changed, and `settle_s` have passed.
-
-    What changed is not said: the caller looks at everything again. So an overrun of the socket, when the kernel drops
-    messages (ENOBUFS, netlink(7)), is a change like any other.
-    """
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as route:
-        route.setblocking(False)
-        route.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        route.bind((0, _RTMGRP_LINK))
-        while True:
-            await _any_message(loop, route)
-            await asyncio.sleep(settle_s)
-            while _drained(route):
-                pass
-            changed()
-
-
-async def _any_message(loop: asyncio.AbstractEventLoop, route: socket.socket) -> None:
-    try:
-        await loop.sock_recv(route, 1 << 16)
-    except OSError as error:
-        if error.errno != errno.ENOBUFS:
-            raise _refused("listen for changes of links", error) from None
-
-
-def _drained(route: socket.socket) -> bool:
-    """Take one more message; False when there is none."""
-    try:
-        route.recv(1 << 16)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno != errno.ENOBUFS:
-            raise _refused("listen for changes of links", error) from None
-    return True
+        return index
 
 
 def _allow_ipv6(bridge: str) -> None:
@@ -336,7 +398,7 @@ def _allow_ipv6(bridge: str) -> None:
     try:
         Path(f"/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6").write_text("0")
     except OSError as error:
-        raise _refused(f"allow IPv6 on bridge {bridge}", error) from None
+        raise refused(f"allow IPv6 on bridge {bridge}", error) from None
 
 
 def _checked(name: str) -> str:
@@ -366,23 +428,23 @@ def _open_queue(name: str, flags: int) -> int:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             hint = 'modprobe tun; to have it at each boot: load = ["tun"] under [modules] in host.toml'
             raise NotSupported(f"TAP {name}: this host has no {_TUN}", hint=hint) from None
-        raise _refused(f"open {_TUN} for TAP {name}", error) from None
+        raise refused(f"open {_TUN} for TAP {name}", error) from None
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     except OSError as error:
         os.close(fd)
-        raise _tap_refused(name, error) from None
+        raise _taprefused(name, error) from None
     return fd
 
 
-def _tap_refused(name: str, error: OSError) -> KvmdError:
+def _taprefused(name: str, error: OSError) -> KvmdError:
     exists = False
     with contextlib.suppress(OSError):
         exists = socket.if_nametoindex(name) > 0
     if exists and error.errno in (errno.EBUSY, errno.EINVAL, errno.EEXIST):
         hint = f"`ip -d link show {name}` says whose it is; a QEMU that still runs may hold it"
         return Conflict(f"TAP {name}: a link of that name exists already; it is left alone", hint=hint, link=name)
-    return _refused(f"make TAP {name}", error)
+    return refused(f"make TAP {name}", error)
 
 
 def _address(message: Any) -> str | None:
@@ -399,6 +461,8 @@ def _link_fact(message: Any, names: dict[int, str], addresses: tuple[str, ...]) 
     data = info.get("data") if info and kind == "bridge" else None
     slave = info.get("slave_data") if info and info.get("slave_kind") == "bridge" else None
     master = message.get("master")
+    # The other end of a veth is given here too, and may lie in another namespace: only what is stacked has a parent.
+    below = message.get("link") if kind in _STACKED and message.get("link_netnsid") is None else None
     return Link(
         name=message.get("ifname"),
         index=message["index"],
@@ -411,5 +475,7 @@ def _link_fact(message: Any, names: dict[int, str], addresses: tuple[str, ...]) 
         addresses=tuple(sorted(addresses)),
         stp=bool(data.get("br_stp_state")) if data else None,
         vlan_filtering=bool(data.get("br_vlan_filtering")) if data else None,
+        default_pvid=data.get("br_vlan_default_pvid") if data else None,
+        parent=names.get(below, str(below)) if below else None,
         port_isolated=bool(slave.get("IFLA_BRPORT_ISOLATED")) if slave else None,
     )

@@ -33,6 +33,8 @@ class HostObserver:
         knobs = {*KNOBS, *network.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
         names = {*module_plan.wanted(desired), *(e.subject for e in journal if e.kind == EffectKind.MODULE)}
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
+        filtering = any(net.network.vlan_filtering for net in desired.networks.values())
+        links = await self.netlink.observe_links(vlans=filtering) if with_networks else ()
         return Facts(
             boot_id=self.tree.boot_id(),
             cpus=self.tree.observe_cpus(),
@@ -42,7 +44,8 @@ class HostObserver:
             kernel=self.tree.kernel(),
             modules=modules.observe(self.tree, names),
             nodes=modules.observe_nodes(self.tree, module_plan.NODES.values()) if names else frozenset(),
-            links=await self.netlink.observe_links() if with_networks else (),
+            links=links,
+            vlan_filtering=await self.netlink.can_filter_vlans(links) if filtering else None,
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe(NETWORKS) if with_networks else None,
             listeners=listeners.observe(self.tree) if any(net.forward for net in desired.networks.values()) else (),

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
 from kvmd.plan.links import tap_name
 from kvmd.plan.units import drop_in
+from kvmd.plan.vlans import wanted_vlans
 from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
@@ -255,9 +257,10 @@ class Services:
             taps[nic] = TapPlan(
                 name=tap_name(decided.identity.uuid, nic),
                 bridge=bridge_name(wish.network, network),
-                mtu=wish.mtu or network.network.mtu,
+                mtu=network.network.mtu,
                 alias=f"kvmd:{wish.network}:{name}:{nic}",
                 port_isolated=network.network.guests_isolated,
+                vlans=partial(wanted_vlans, wish) if network.network.vlan_filtering else None,
             )
         return taps
 

@@ -31,6 +31,7 @@ from kvmd.plan.links import bridge_alias, bridge_mac, is_our_bridge
 from kvmd.plan.networkworld import Macs, World, look
 from kvmd.plan.nft import build_ruleset
 from kvmd.plan.nfttable import difference
+from kvmd.plan.vlans import check_filtering, plan_ports
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
 FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"  # absent: a kernel without IPv6
@@ -50,6 +51,7 @@ def plan_network(
     world = look(networks, guests, macs, facts)
     _plan_guests(world)
     blocked = {name for name, network in sorted(networks.items()) if not _plan_bridge(world, name, network)}
+    plan_ports(world, blocked)
     _plan_ruleset(world)
     _plan_forwarding(world)
     _plan_servers(world, blocked)
@@ -82,8 +84,10 @@ def _plan_bridge(world: World, name: str, network: Network) -> bool:
     """Plans the bridge; False if guests cannot be plugged in."""
     bridge = bridge_name(name, network)
     link = world.links.get(bridge)
+    if not check_filtering(world, name, network, link):
+        return False
     if not makes_bridge(network):
-        return _check_joined(world, name, bridge, link)
+        return _check_joined(world, name, network, link)
     if link is not None and not is_our_bridge(link):
         what = f"a {link.kind or 'network interface'}" + (f" marked {link.alias!r}" if link.alias else "")
         world.problem(
@@ -109,12 +113,13 @@ def _plan_bridge(world: World, name: str, network: Network) -> bool:
 
 
 def _ensure(world: World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
-    disturbing = bool(world.ports.get(bridge)) and ("mtu" in change or "address" in change)
+    disturbing = bool(world.ports.get(bridge)) and any(word in change for word in ("mtu", "address", "vlan"))
     return EnsureBridge(
         network=name,
         bridge=bridge,
         mtu=network.network.mtu,
         stp=network.network.stp,
+        vlan_filtering=network.network.vlan_filtering,
         addresses=_addresses(network),
         change=change,
         why=f"networks.d/{name}.toml declares a network of mode {network.network.mode}",
@@ -122,10 +127,17 @@ def _ensure(world: World, name: str, bridge: str, network: Network, change: str)
     )
 
 
-def _check_joined(world: World, name: str, bridge: str, link: Link | None) -> bool:
+def _check_joined(world: World, name: str, network: Network, link: Link | None) -> bool:
+    bridge, mtu = bridge_name(name, network), network.network.mtu
     if link is not None and link.kind == "bridge":
         if not link.up:
             world.problem(name, f'bridge "{bridge}" is down', f"ip link set {bridge} up", blocks=False)
+        if link.mtu != mtu:
+            # A bridge nobody gave an MTU takes that of its lowest port (net/bridge/br_if.c, br_mtu_auto_adjust).
+            effect = "a port of it would lower the whole bridge" if mtu < link.mtu else "larger frames would be lost"
+            message = f'bridge "{bridge}" has mtu {link.mtu} and the network {mtu}: {effect}'
+            world.problem(name, message, f"mtu = {link.mtu} in networks.d/{name}.toml")
+            return False
         return True
     what = f'bridge "{bridge}" does not exist' if link is None else f'"{bridge}" exists but is no bridge'
     world.problem(
@@ -152,6 +164,9 @@ def _bridge_change(name: str, network: Network, link: Link) -> str:
         changes.append(f"mtu {link.mtu} -> {network.network.mtu}")
     if link.stp is not None and link.stp != network.network.stp:
         changes.append(f"stp {'on -> off' if link.stp else 'off -> on'}")
+    filtering = network.network.vlan_filtering
+    if link.vlan_filtering is not None and link.vlan_filtering != filtering:
+        changes.append(f"vlan_filtering {'off -> on' if filtering else 'on -> off'}")
     if not link.up:
         changes.append("down -> up")
     if link.alias != bridge_alias(name):

@@ -21,6 +21,7 @@ from kvmd.actions import (
     Problem,
     RemoveBridge,
     ReplaceRuleset,
+    SetPortVlans,
     StartDnsmasq,
     StopDnsmasq,
     WriteKnob,
@@ -97,7 +98,8 @@ class Rig:
     async def look(self) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
         """What a plan has to say now."""
         facts = Facts(
-            links=await self.netlink.observe_links(),
+            links=(links := await self.netlink.observe_links(vlans=True)),
+            vlan_filtering=await self.netlink.can_filter_vlans(links),
             nft=await nft.observe(NETWORKS),
             dnsmasq=self.dnsmasqs.observe(),
             knobs={path: read(path) for path in KNOBS},
@@ -115,6 +117,8 @@ class Rig:
         match action:
             case EnsureBridge():
                 await self.netlink.ensure_bridge(action)
+            case SetPortVlans():
+                await self.netlink.set_port_vlans(action)
             case RemoveBridge():
                 await self.netlink.remove_bridge(action)
             case ReplaceRuleset():

@@ -22,13 +22,14 @@ from kvmd.actions import (
 )
 from kvmd.effects import nft
 from kvmd.effects.dnsmasq import Dnsmasqs
-from kvmd.effects.netlink import watch_links
+from kvmd.effects.linkwatch import watch_links
 from kvmd.effects.proc import observe_process
 from kvmd.effects.tree import Tree
 from kvmd.errors import Conflict, HostFailed
 from kvmd.plan.firewall import foreign_forward_drops
 from kvmd.plan.links import bridge_mac, tap_alias, tap_mac, tap_name
 from kvmd.plan.network import FORWARDING
+from kvmd.plan.vlans import NO_KERNEL
 from tests.rig import golden_network
 from tests.rig.netns import private_namespace
 from tests.rig.networkrig import (
@@ -377,6 +378,35 @@ async def test_a_tap_is_up_marked_in_its_bridge_and_gone_with_its_descriptor(rig
             for fd in fds:
                 os.close(fd)
         assert await rig.link(name) is None
+
+
+async def test_a_port_with_a_lower_mtu_does_not_lower_our_bridge(rig: Rig) -> None:
+    for mtu in (1500, 9000):
+        rig.networks = {"lan": nat(mtu=mtu)}
+        await rig.converge()
+        fds = await rig.netlink.open_tap("kvt0", bridge="kvlan", mtu=1400, alias="kvmd:lan:web:lan")
+        try:
+            link = await rig.link("kvlan")
+            assert link is not None and link.mtu == mtu
+            assert await rig.plan() == []
+        finally:
+            os.close(fds[0])
+
+
+async def test_this_kernel_says_whether_it_keeps_vlans_apart(rig: Rig) -> None:
+    """Either it can, and the bridge filters, or the plan names what is missing and makes nothing."""
+    rig.networks = {"lan": nat(vlan_filtering=True)}
+    actions, problems = await rig.look()
+    known = await rig.netlink.can_filter_vlans(())
+    rig.host.ip("link add probe type bridge")
+    assert await rig.netlink.can_filter_vlans(await rig.netlink.observe_links()) is known
+    if known is False:
+        assert [problem.message for problem in problems] == [NO_KERNEL]
+        assert not any(isinstance(action, EnsureBridge) for action in actions)
+    else:
+        await rig.converge()
+        link = await rig.link("kvlan")
+        assert link is not None and link.vlan_filtering
 
 
 async def test_a_tap_without_its_bridge_leaves_nothing(rig: Rig) -> None:

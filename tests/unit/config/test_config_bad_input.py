@@ -666,8 +666,40 @@ CASES = [
     ),
     (
         NETWORK,
-        NAT.replace('"nat"', '"nat"\nvlan_filtering = true'),
-        [":3: network.vlan_filtering: true is not supported yet"],
+        NAT.replace('"nat"', '"nat"\nvlan_filtering = "on"'),
+        [':3: network.vlan_filtering: wants true or false, without quotes, for example true; this is the text "on"'],
+    ),
+    (GUEST, BASE + "vlan = 10\n", [":5: nic.a.vlan: only with network"]),
+    (
+        GUEST,
+        BASE.replace('type = "user"', 'network = "lan"\nvlan = 4095'),
+        [":5: nic.a.vlan: 4095 is outside 1 to 4094"],
+    ),
+    (
+        GUEST,
+        BASE.replace('type = "user"', 'network = "lan"\nvlan = 10'),
+        [
+            ":5: nic.a.vlan: nothing would keep the VLAN apart: the network has vlan_filtering = false (vlan_filtering = true in networks.d/lan.toml)"
+        ],
+    ),
+    (
+        GUEST,
+        BASE.replace('type = "user"', 'network = "lan"\nvlan = 10\nvlans = [20, 20]\nnative_vlan = 20'),
+        [
+            ":5: nic.a.vlan: an access port has one VLAN, a trunk has vlans (leave out vlan or vlans)",
+            ":6: nic.a.vlans: names a VLAN twice",
+            ":7: nic.a.native_vlan: 20 is one of vlans too, which go with a tag",
+        ],
+    ),
+    (
+        GUEST,
+        BASE.replace('type = "user"', 'network = "lan"\nnative_vlan = 20'),
+        [":5: nic.a.native_vlan: only with vlans (vlan = 20 for an access port)"],
+    ),
+    (
+        GUEST,
+        BASE.replace('type = "user"', 'network = "lan"\nvlans = ["10-20"]'),
+        [':5: nic.a.vlans: wants a VLAN, a number from 1 to 4094; this is the text "10-20"'],
     ),
     (NETWORK, NAT.replace('"nat"', '"nat"\nmtu = 20'), [":3: network.mtu: 20 is out of range: at least 68"]),
     (

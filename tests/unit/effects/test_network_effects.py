@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmd.actions import EnsureBridge, RemoveBridge, ReplaceRuleset, StartDnsmasq, StopDnsmasq
+from kvmd.actions import EnsureBridge, RemoveBridge, ReplaceRuleset, SetPortVlans, StartDnsmasq, StopDnsmasq
 from kvmd.effects import dnsmasq, nft
 from kvmd.effects.dnsmasq import Backoff, Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import Conflict, HostFailed, NotSupported
+from kvmd.facts import Link, VlanRange
 from kvmd.plan.links import bridge_alias, bridge_mac
 from kvmd.plan.nfttable import NETWORKS
 
@@ -57,6 +59,15 @@ class Route:
         if command == "get" and not self.link_message:
             raise OSError(errno.ENODEV, "")
         return [self.link_message]
+
+    async def vlan_filter(self, command: str, **values: Any) -> Any:
+        infos = values["IFLA_AF_SPEC"]["attrs"]
+        self.calls.append((f"vlan {command}", " ".join(f"{info['vid']}/{info['flags']:x}" for _, info in infos)))
+        self._fail()
+
+    async def vlandb(self, command: str, **values: Any) -> Any:
+        self._fail()
+        return self._each(None)
 
     async def addr(self, command: str, **values: Any) -> Any:
         self.calls.append(("addr", command))
@@ -106,6 +117,42 @@ async def test_a_link_of_another_owner_is_not_touched() -> None:
     with pytest.raises(Conflict):
         await netlink(route).ensure_bridge(ENSURE)
     assert ("link", "set") not in route.calls
+
+
+async def test_new_vlans_come_before_old_ones_go() -> None:
+    route = Route()
+    old = (VlanRange(1, 1, pvid=True, untagged=True), VlanRange(10, 12), VlanRange(30, 39))
+    new = (VlanRange(10, 11), VlanRange(20, 20, pvid=True, untagged=True), VlanRange(35, 39))
+    await netlink(route)._change_vlans("kvt0", 7, old, new)
+    assert route.calls == [
+        ("vlan add", "10/8 11/10"),
+        ("vlan add", "20/6"),
+        ("vlan add", "35/8 39/10"),
+        ("vlan del", "1/0"),
+        ("vlan del", "12/0"),
+        ("vlan del", "30/8 34/10"),
+    ]
+
+
+async def test_a_kernel_without_vlan_filtering_is_named() -> None:
+    with pytest.raises(NotSupported, match="CONFIG_BRIDGE_VLAN_FILTERING"):
+        await netlink(Route(errno.EOPNOTSUPP))._change_vlans("kvt0", 7, (), (VlanRange(10, 10),))
+    with pytest.raises(NotSupported, match="CONFIG_BRIDGE_VLAN_FILTERING"):
+        await netlink(Route()).ensure_bridge(replace(ENSURE, vlan_filtering=True))
+    gone = SetPortVlans(port="kvt0", bridge="kvlan", vlans=(), why="test")
+    with pytest.raises(HostFailed, match="port kvt0 of bridge kvlan is gone"):
+        await netlink(Route()).set_port_vlans(gone)
+
+
+@pytest.mark.parametrize(("code", "modules", "known"), [(95, True, None), (95, False, False), (0, True, True)])
+async def test_before_there_is_a_bridge_the_kernel_is_asked(
+    code: int, modules: bool, known: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmd.effects.netlink._MODULES", str(tmp_path if modules else tmp_path / "none"))
+    assert await netlink(Route(code)).can_filter_vlans(()) is known
+    bridge = Link("br0", 2, kind="bridge", default_pvid=0)
+    assert await netlink(Route(errno.EPERM)).can_filter_vlans((bridge,)) is True
+    assert await netlink(Route()).can_filter_vlans((replace(bridge, default_pvid=None),)) is False
 
 
 @pytest.mark.parametrize("name", ["a" * 16, "tap%d", "x,y", "a/b", "", "..", "web\n"])
