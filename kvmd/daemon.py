@@ -119,7 +119,9 @@ class Daemon:
             server = Server(registry, _access(manager), limits=_limits(manager))
             await guests.recover()
             tasks = [
-                group.create_task(HandoverServer(launch, partial(_hand_over, guests)).run(), name="handover"),
+                group.create_task(
+                    HandoverServer(launch, partial(_hand_over, guests), guests.take_up).run(), name="handover"
+                ),
                 group.create_task(server.serve(api), name="rpc"),
                 group.create_task(self._keep_history(guests, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),

@@ -8,9 +8,12 @@ lie where the guest's uid cannot read.
     launch.py --stop RUN_DIR NAME   ask the guest to power off, wait, then quit QEMU; works without kvmd
 
 The hand-over: we send `NAME\\n`; kvmd answers with messages of one byte, each with up to 250 fds (SCM_RIGHTS); a byte
-of `.` says more follow, `!` is the last, and `-` is a refusal whose text follows. `stop NAME\\n` announces that the
-guest's unit is being stopped; `!` answers it. The first fd is a memfd of
-NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
+of `.` says more follow (the first one, without fds, only that kvmd is there), `!` is the last, and `-` is a refusal
+whose text follows. `stop NAME\\n` announces that the guest's unit is being stopped; `!` answers it. The first fd is a
+memfd of NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
+
+When kvmd says nothing for SILENCE_S, or does not listen, RUN_DIR/standby.sock is asked the same: `kvmd/standby.py`
+hands over what the guest was last started with. This process itself never opens anything of a guest: it becomes QEMU.
 """
 
 import _socket
@@ -19,7 +22,8 @@ import sys
 
 FORMAT = "kvmd-launch-1"
 FDS_PER_MESSAGE = 250  # the kernel's SCM_MAX_FD is 253
-ANSWER_TIMEOUT_S = 60.0  # kvmd may be compacting memory for hugepages
+SILENCE_S = 10.0  # kvmd says at once that it is there: longer than any restart of it
+ANSWER_TIMEOUT_S = 60.0  # and then may be compacting memory for hugepages
 ANNOUNCE_TIMEOUT_S = 3.0
 QUIT_TIMEOUT_S = 15.0
 STOP_POLL_S = 0.2
@@ -32,27 +36,55 @@ def fail(text: str) -> None:
 
 
 def receive(run_dir: str, name: str) -> list[int]:
-    """All fds kvmd hands over for this guest, the spec memfd first."""
-    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    peer.settimeout(ANSWER_TIMEOUT_S)
+    """All fds for this guest, the spec memfd first: from kvmd, or from its standby when kvmd is silent."""
     try:
-        peer.connect(run_dir + "/launch.sock")
-        peer.send(name.encode() + b"\n")
-        fds: list[int] = []
-        mark = b"."
-        while mark == b".":
-            mark, control, _, _ = peer.recvmsg(1, _socket.CMSG_SPACE(4 * FDS_PER_MESSAGE))
-            for level, kind, data in control:
-                if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-                    fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
-        if mark == b"-":
-            fail(peer.recv(4096).decode("utf-8", "replace"))
-        if mark != b"!" or not fds:
-            fail("kvmd closed the hand-over of " + name + " before it was complete")
-        return fds
+        return ask(run_dir + "/launch.sock", name, SILENCE_S)
     except OSError as error:
-        fail("kvmd does not answer on " + run_dir + "/launch.sock: " + str(error))
+        said = "kvmd does not answer on " + run_dir + "/launch.sock: " + str(error)
+    os.write(2, ("kvmd-launch: " + said + "; asking its standby\n").encode())
+    try:
+        return ask(run_dir + "/standby.sock", name, ANSWER_TIMEOUT_S)
+    except OSError as error:
+        fail(said + "; nor does its standby: " + str(error))
         raise
+
+
+def ask(path: str, name: str, patience_s: float) -> list[int]:
+    """All fds that whoever listens there hands over. OSError when nobody says a word within patience_s."""
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    peer.settimeout(patience_s)
+    peer.connect(path)
+    peer.send(name.encode() + b"\n")
+    fds: list[int] = []
+    mark = b""
+    while mark in (b"", b"."):
+        try:
+            received, control, _, _ = peer.recvmsg(1, _socket.CMSG_SPACE(4 * FDS_PER_MESSAGE))
+        except OSError:
+            if not mark:
+                leave(peer, path)
+                raise
+            received, control = b"", []
+        if not received:
+            fail(path + ": the hand-over of " + name + " was not completed")
+        mark = received
+        peer.settimeout(ANSWER_TIMEOUT_S)
+        for level, kind, data in control:
+            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+                fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
+    if mark == b"-":
+        fail(peer.recv(4096).decode("utf-8", "replace"))
+    if mark != b"!" or not fds:
+        fail(path + ": what answers is no hand-over of " + name)
+    return fds
+
+
+def leave(peer: _socket.socket, path: str) -> None:
+    """Give up on a silent peer so that it cannot answer any more: a guest is handed over once or not at all."""
+    peer.shutdown(_socket.SHUT_RDWR)
+    if peer.recv(1):  # it was sent before that
+        fail(path + ": the answer came just when nobody waited for it any more; start the guest again")
+    peer.close()
 
 
 def place(fds: list[int], targets: list[int]) -> None:

@@ -31,6 +31,7 @@ class Paths:
         return (
             (self.run, 0o755),
             (self.run / "guests", 0o711),
+            (self.birth_marks, 0o700),
             (self.state, 0o700),
             (self.state / "guests", 0o700),
             (self.log, 0o750),
@@ -45,6 +46,11 @@ class Paths:
     def launch_socket(self) -> Path:
         """Where launchers ask for their hand-over."""
         return self.run / "launch.sock"
+
+    @property
+    def birth_marks(self) -> Path:
+        """A lock for each guest, held by whoever starts it."""
+        return self.run / "standby"
 
     @property
     def last_good(self) -> Path:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from kvmd.config.guest import Guest
 from kvmd.effects import files, images
 from kvmd.effects.handover import listen_private
+from kvmd.effects.laststart import described
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import HostFailed
 from kvmd.facts import VlanRange
@@ -37,9 +38,10 @@ class TapPlan:
 
 @dataclass(slots=True)
 class Descriptors:
-    """`(target number, our fd)` of everything that is open; close() closes ours."""
+    """`(target number, our fd)` of everything that is open, and how each was opened; close() closes ours."""
 
     pairs: list[tuple[int, int]] = field(default_factory=list)
+    described: list[Mapping[str, Any]] = field(default_factory=list)  # for last-start.json
 
     def close(self) -> None:
         """Close our copies."""
@@ -77,6 +79,7 @@ class Opener:
         try:
             for request in requests:
                 opened.pairs += await self._open(request, taps)
+                opened.described += described(request, taps, self.roots)
         except BaseException:
             opened.close()
             raise

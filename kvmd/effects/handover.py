@@ -86,11 +86,21 @@ class Asking:
 
 
 class HandoverServer:
-    """Answers launchers. `on_asking` owns the Asking it is given: it must hand over or refuse."""
+    """Answers launchers.
 
-    def __init__(self, listener: socket.socket, on_asking: Callable[[Asking], Awaitable[None]]) -> None:
+    `on_asking` owns the Asking it is given: it must hand over or refuse. `on_left` hears of a guest whose launcher
+    waited in vain while kvmd hung: it went to the standby, and no Asking is made of it.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        on_asking: Callable[[Asking], Awaitable[None]],
+        on_left: Callable[[str], Awaitable[None]],
+    ) -> None:
         self._listener = listener
         self._on_asking = on_asking
+        self._on_left = on_left
         listener.setblocking(False)
 
     async def run(self) -> None:
@@ -113,7 +123,15 @@ class HandoverServer:
             _log.warning("refused a hand-over to pid %d of uid %d: only root's launchers are answered", pid, uid)
             peer.close()
             return
-        await self._on_asking(Asking(asked[2].decode(), pid, peer, stop=asked[1] is not None))
+        name, stop = asked[2].decode(), asked[1] is not None
+        if not stop:
+            try:
+                peer.send(b".")  # we are here: however long it takes, it is ours to hand over
+            except OSError:
+                peer.close()
+                await self._on_left(name)
+                return
+        await self._on_asking(Asking(name, pid, peer, stop=stop))
 
     async def _read_name(self, peer: socket.socket) -> bytes:
         loop = asyncio.get_running_loop()

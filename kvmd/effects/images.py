@@ -174,7 +174,7 @@ def create_image(path: str, *, format: str, size_bytes: int, roots: Sequence[Pat
     if not 0 < size_bytes <= MAX_VIRTUAL_BYTES or size_bytes % 512:
         limit = Size(MAX_VIRTUAL_BYTES)
         raise Refused(f"{path}: a disk of {size_bytes} bytes is not a whole number of 512-byte sectors up to {limit}")
-    root, relative = _declared(path, roots)
+    root, relative = declared_root(path, roots)
     if not relative or root == _DEV or _DEV in root.parents:
         raise Denied(f"{path}: images are made in a storage root that is a directory, not beneath {root}")
     content = empty_qcow2(size_bytes) if format == "qcow2" else b""
@@ -226,7 +226,7 @@ def _make(directory: int, name: str, content: bytes, length: int) -> None:
 # ---- from a path to a descriptor ----------------------------------------------------------------------------------
 
 
-def _declared(path: str, roots: Sequence[Path]) -> tuple[Path, str]:
+def declared_root(path: str, roots: Sequence[Path]) -> tuple[Path, str]:
     """The innermost declared root that contains `path`, and the rest of it ("" when the path is the root itself)."""
     if not path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path[1:].split("/")):
         raise Denied(f'"{path}" is not a plain absolute path', hint='write it from "/", without ".", ".." or "//"')
@@ -266,7 +266,7 @@ def _open_checked(path: str, roots: Sequence[Path], flags: int, *, claim: bool) 
 
 
 def _find(path: str, roots: Sequence[Path]) -> int:
-    root, relative = _declared(path, roots)
+    root, relative = declared_root(path, roots)
     if _DEV in Path(path).parents:
         # Volumes are udev's links there (/dev/vg0/data -> ../dm-3); only root can make one, on that file system.
         return open_beneath(_DEV, str(Path(path).relative_to(_DEV)), os.O_PATH, links_of_root=True)

@@ -13,17 +13,29 @@ import os
 from dataclasses import dataclass
 
 from kvmd.config.guest import Guest
+from kvmd.effects import birthmark
 from kvmd.effects.handover import Asking, Spec
+from kvmd.effects.laststart import LastStart
 from kvmd.effects.process import Watched, spawn_launcher
 from kvmd.effects.records import GuestRun
 from kvmd.errors import Conflict, HostFailed, TimedOut
-from kvmd.guest.services import Services
+from kvmd.guest.services import Decided, Services
 from kvmd.qemu.fds import Launch
 
 LAUNCHER_TIMEOUT_S = 30.0  # a loaded machine boots twenty guests; systemd itself may be busy
 UNIT_CHECK_S = 2.0
 GREETING_BASE_S = 10.0
 PREALLOC_S_PER_GIB = 4.0  # touching pages on a slow node, with compaction
+
+
+@dataclass(frozen=True, slots=True)
+class Newborn:
+    """A QEMU that was exec'ed and has yet to answer."""
+
+    process: Watched
+    record: GuestRun
+    launch: Launch
+    last_start: LastStart  # to be kept once the start turns out well
 
 
 @dataclass(eq=False)
@@ -61,10 +73,14 @@ class Birth:
         if self._asking and not self._asking.done():
             self._asking.cancel()
 
-    async def launch(self) -> tuple[Watched, GuestRun, Launch]:
+    async def launch(self) -> Newborn:
         """From the file to a QEMU that was exec'ed. Raises whatever made that impossible; nothing is left then."""
         decided = await self.services.decide(self.name)
         self.greeting_timeout_s = _greeting_timeout_s(decided.guest)
+        with birthmark.held(self.services.paths.birth_marks, self.name):
+            return await self._launch(decided)
+
+    async def _launch(self, decided: Decided) -> Newborn:
         self.services.store.begin_start(decided.run)
         if self.services.units is None:
             self._spawned = self._spawn()
@@ -82,7 +98,17 @@ class Birth:
             spec = Spec(decided.run.uid, self.services.qemu_gid or decided.run.uid, self.services.qemu_groups, argv)
             asking.hand_over(spec, descriptors.pairs)
         self._spawned = None
-        return process, record, launch
+        last = LastStart(
+            name=self.name,
+            uuid=record.uuid,
+            uid=spec.uid,
+            gid=spec.gid,
+            groups=spec.groups,
+            argv=argv,
+            open=tuple(descriptors.described),
+            config=record.config_text,
+        )
+        return Newborn(process, record, launch, last)
 
     def _spawn(self) -> Watched:
         output = self.services.open_qemu_log(self.name)

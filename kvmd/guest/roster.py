@@ -9,15 +9,18 @@ import asyncio
 import difflib
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from kvmd.config.desired import Loaded
 from kvmd.config.files import fingerprint
 from kvmd.config.guest import Guest
 from kvmd.config.load import load, save_last_good
-from kvmd.effects import threads
+from kvmd.effects import birthmark, threads
+from kvmd.effects.records import GuestRun
 from kvmd.errors import KvmdError, NotFound, Refused
 from kvmd.facts import CpuTopology, Facts, GuestLife, RunningGuest
+from kvmd.guest import strays
 from kvmd.guest.lifecycle import ALIVE, Cause, State
 from kvmd.guest.pending import pending_changes
 from kvmd.guest.services import Services, started_memory, started_nodes
@@ -29,6 +32,9 @@ from kvmd.units import CpuSet
 _log = logging.getLogger(__name__)
 BOOT_META = "boot_id"
 ADOPT_PATIENCE_S = 2.0  # a hundred guests that answer take a quarter of it
+STANDBY_BEGINS_S = 5.0  # from a launcher that left us to the standby's mark
+STANDBY_LONGEST_S = 30.0
+STANDBY_POLL_S = 0.1
 
 
 class Roster:
@@ -141,10 +147,66 @@ class Roster:
         boot_id = tree.boot_id()
         if store.meta(BOOT_META) != boot_id:
             self._new_boot(boot_id)
-        runs = [run for run in store.runs() if run.boot_id == boot_id]
-        adoptions = [self._spawn(self.supervisor(run.name).adopt(run), f"adopt-{run.name}") for run in runs]
+        runs = {run.name: run for run in store.runs() if run.boot_id == boot_id}
+        alive = {run.name for run in runs.values() if not run.process or tree.process(run.process.pid) == run.process}
+        found = {run.name: run for run in strays.find(self.services, alive)}
+        born = birthmark.all_held(self.services.paths.birth_marks) - found.keys()
+        adoptions = [
+            self._spawn(self.supervisor(run.name).adopt(run), f"adopt-{run.name}")
+            for run in runs.values()
+            if run.name not in found and run.name not in born
+        ]
+        adoptions += [self._spawn(self._adopt_stray(run), f"adopt-{run.name}") for run in found.values()]
+        adoptions += [self._spawn(self.take_up(name), f"adopt-{name}") for name in born]
         if adoptions:
             await asyncio.wait(adoptions, timeout=ADOPT_PATIENCE_S)
+
+    async def take_up(self, name: str) -> None:
+        """Wait for a guest that is being started without us, and adopt it; if nothing comes of it, it is off."""
+        supervisor = self.supervisor(name)
+        if supervisor.state in ALIVE:
+            return
+        supervisor.expect("it is being started without kvmd")
+        found = await self._birth_without_us(name)
+        if found:
+            await self._adopt_stray(found)
+            return
+        supervisor.end_expectation()
+        stale = next((run for run in self.services.store.runs() if run.name == name), None)
+        if stale:
+            await supervisor.adopt(stale)  # which records its end
+
+    async def _birth_without_us(self, name: str) -> GuestRun | None:
+        loop, marks = asyncio.get_running_loop(), self.services.paths.birth_marks
+        begun, seen = loop.time(), False
+        while True:
+            at_it = name in birthmark.all_held(marks)  # looked at before its fruit
+            found = strays.find_of(self.services, [name])
+            waited_s = loop.time() - begun
+            if found:
+                return found[0]
+            if waited_s > STANDBY_LONGEST_S or (not at_it and (seen or waited_s > STANDBY_BEGINS_S)):
+                return None
+            seen = seen or at_it
+            await asyncio.sleep(STANDBY_POLL_S)
+
+    async def _adopt_stray(self, run: GuestRun) -> None:
+        """A QEMU of ours that nobody has on record: from now on it is, and shall run, for nobody asked it to end."""
+        store, name = self.services.store, run.name
+        notes = birthmark.take_notes(self.services.paths.birth_marks, name)
+        words = "; ".join(notes) or "known by its UUID and uid"
+        _log.warning("guest %s runs and is on no record: %s", name, words, extra={"KVMD_GUEST": name})
+        try:
+            if any(known.name == name for known in store.runs()):
+                store.end_run(name, Cause.VANISHED, "it ended while kvmd was away", self.services.now())
+            store.begin_start(replace(run, process=None, running_at=None))
+            if run.process:
+                store.record_process(name, run.process.pid, run.process.start_time)
+            store.record_running(name, run.running_at or run.begun_at)
+            self.services.want(name, "running", actor="kvmd", reason="it was found running")
+        except KvmdError as error:  # a full disk: it is looked after all the same
+            _log.error("guest %s: %s", name, error, extra={"KVMD_GUEST": name})
+        await self.supervisor(name).adopt(run, notes)
 
     async def learn(self) -> None:
         """The threads of all adopted guests; from then on guests may be started and placed beside them."""

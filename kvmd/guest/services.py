@@ -26,9 +26,10 @@ from typing import Any
 from kvmd.config.desired import Desired, Loaded
 from kvmd.config.guest import Guest, Limits
 from kvmd.config.network import bridge_name
-from kvmd.effects import files, logs, process, threads
+from kvmd.effects import birthmark, files, logs, process, threads
 from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
 from kvmd.effects.handover import runs_as_unit
+from kvmd.effects.laststart import LastStart
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.probe import kvm_usable, probe
 from kvmd.effects.qmp import Monitor
@@ -357,7 +358,8 @@ class Services:
 
     def clean_up(self, name: str) -> None:
         """Remove the sockets of a guest that has ended; its logs and identity stay."""
-        shutil.rmtree(self.paths.guest_run(name), ignore_errors=True)
+        if name not in birthmark.all_held(self.paths.birth_marks):  # else they are those of its next QEMU
+            shutil.rmtree(self.paths.guest_run(name), ignore_errors=True)
 
     def want(self, name: str, state: WantedState, *, actor: str, reason: str) -> None:
         """Record where the guest shall be from now on. HostFailed when the state cannot be written."""
@@ -404,6 +406,13 @@ class Services:
     def is_unit_of(self, name: str, pid: int) -> bool:
         """Whether systemd runs this pid as the guest's unit."""
         return self.units is not None and runs_as_unit(pid, guest_unit(name))
+
+    async def keep_last_start(self, last: LastStart) -> None:
+        """Leave what a start without kvmd needs. A guest that runs is not troubled by a disk that is full."""
+        try:
+            await asyncio.to_thread(last.save, self.paths.guest_state(last.name))
+        except KvmdError as error:
+            _log.warning("guest %s: %s", last.name, error, extra={"KVMD_GUEST": last.name})
 
     def watch_pid(self, pid: int) -> process.Watched | None:
         """Watch a process by its pid, which was proved otherwise to be ours."""

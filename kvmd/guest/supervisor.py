@@ -16,13 +16,14 @@ from typing import Any
 
 from kvmd.config.guest import Guest
 from kvmd.effects.handover import Asking
+from kvmd.effects.laststart import LastStart
 from kvmd.effects.process import Watched
 from kvmd.effects.qmp import Monitor
 from kvmd.effects.records import GuestRun, WantedState
 from kvmd.errors import Conflict, HostFailed, KvmdError, QemuFailed, TimedOut, Unreachable
 from kvmd.facts import Process
 from kvmd.guest import lifecycle
-from kvmd.guest.birth import Birth
+from kvmd.guest.birth import Birth, Newborn
 from kvmd.guest.lifecycle import ALIVE, Cause, Effect, Life, Policy, State
 from kvmd.guest.services import Born, Services
 from kvmd.qemu import events as qmp_events
@@ -58,6 +59,7 @@ class _Run:
     record: GuestRun
     monitor: Monitor
     launch: Launch | None = None  # None: begun by an earlier kvmd
+    last_start: LastStart | None = None  # to be kept once the guest runs
     born: Born | None = None
 
 
@@ -182,7 +184,15 @@ class Supervisor:
 
     # ---- adoption ---------------------------------------------------------------------------------------------
 
-    async def adopt(self, record: GuestRun) -> None:
+    def expect(self, what: str) -> None:
+        """Something else is about to start this guest: nobody starts it here until `adopt` or `end_expectation`."""
+        self._set(Life(State.STARTING, what))
+
+    def end_expectation(self) -> None:
+        """It was not started after all."""
+        self._set(Life(State.STOPPED))
+
+    async def adopt(self, record: GuestRun, warnings: tuple[str, ...] = ()) -> None:
         """Take up a run that an earlier kvmd left: connect, finish, or record its end. Never starts a second QEMU."""
         process = record.process or self.services.find_qemu(record)
         watched = Watched.open(process) if process else None
@@ -197,7 +207,7 @@ class Supervisor:
         if record.process is None:
             record = self.services.store.record_process(self.name, watched.process.pid, watched.process.start_time)
         run = self._take(watched, record)
-        self.status = replace(self.status, process=watched.process)
+        self.status = replace(self.status, process=watched.process, warnings=warnings)
         self._set(Life(State.UNREACHABLE, "kvmd has just come back and asks its monitor"))
         run_state = await self._connect()
         if self._run is not run:
@@ -305,12 +315,12 @@ class Supervisor:
 
     async def _bear(self, birth: Birth) -> None:
         try:
-            process, record, launch = await birth.launch()
+            born = await birth.launch()
             self._birth = None
-            run = self._take(process, record, launch)
+            run = self._take(born.process, born.record, born)
             if self.state is not State.STARTING:  # stopped or killed meanwhile
-                process.kill()
-            self.status = replace(self.status, process=process.process)
+                run.process.kill()
+            self.status = replace(self.status, process=run.process.process)
             await self._open_monitor(run, birth.greeting_timeout_s)
             await self._finish()
         except KvmdError as error:
@@ -335,6 +345,8 @@ class Supervisor:
             self.status, balloon_bytes=born.balloon_bytes, observed_at=self.services.now(), warnings=born.warnings
         )
         self._feed(lifecycle.Started())
+        if run.last_start:
+            await self.services.keep_last_start(run.last_start)
 
     async def _finish_adopted(self) -> None:
         try:
@@ -442,9 +454,11 @@ class Supervisor:
 
     # ---- small things -----------------------------------------------------------------------------------------
 
-    def _take(self, process: Watched, record: GuestRun, launch: Launch | None = None) -> _Run:
+    def _take(self, process: Watched, record: GuestRun, born: Newborn | None = None) -> _Run:
         monitor = Monitor(self.name, self._on_qmp_event, lambda: self._feed(lifecycle.MonitorLost()))
-        self._run = _Run(process, record, monitor, launch)
+        self._run = _Run(process, record, monitor)
+        if born:
+            self._run.launch, self._run.last_start = born.launch, born.last_start
         run = self._run
         process.exited.add_done_callback(lambda exited: self._on_exit(run, exited.result()))
         return run

@@ -238,6 +238,41 @@ def test_a_guest_comes_with_the_host_and_goes_before_kvmd(host: InstalledTree) -
     assert down.index("guest boot: stopped") < down.index("Stopped kvmd.service")
 
 
+def test_a_broken_kvmd_keeps_no_guest_off(host: InstalledTree) -> None:
+    """The host boots with kvmd's environment gone: what starts with the host starts, and what root asks for."""
+    bridge = "ip link add br0 type bridge && ip link set br0 up"  # the distribution's
+    host.tree.check(bridge)
+    host.tree.write("/etc/kvmd/networks.d/house.toml", '[network]\nmode = "bridge"\nbridge = "br0"\n')
+    host.tiny("web", QUICK_STOP + '[nic.out]\nnetwork = "house"\n')
+    host.cli("start", "web")
+    tap = host.show("web")["nics"][0]["tap"]
+    host.tree.wait_for("test -s /var/lib/kvmd/guests/web/last-start.json")
+    host.tree.check("mv /opt/kvmd/venv /opt/kvmd/venv-away")
+    host.tree.poweroff()
+    host.tree.boot()
+    host.tree.check(bridge)
+    host.tree.check("systemctl start kvmd-guest@web", timeout_s=30)
+    is_qemu = "grep -q -e -uuid /proc/$(systemctl show --value --property=MainPID kvmd-guest@{})/cmdline"
+    for name in ("web", "boot"):
+        host.tree.wait_for(is_qemu.format(name), 40)
+    pids = {name: host.property(f"kvmd-guest@{name}.service", "MainPID") for name in ("web", "boot")}
+    for pid in pids.values():
+        status = status_of(host, int(pid))
+        assert int(status["Uid"].split()[0]) >= 64100
+        assert (status["CapEff"], status["Seccomp"]) == ("0000000000000000", "2")
+    assert tap in host.tree.check("ip -brief link show master br0")
+    assert host.tree.run("systemctl is-active kvmd").stdout != "active\n"
+    host.tree.check("mv /opt/kvmd/venv-away /opt/kvmd/venv")
+    for name, pid in pids.items():
+        shown = host.wait_guest(name, "running", 60)
+        assert (str(shown["pid"]), shown["wanted"]) == (pid, "running")
+        assert "was started without kvmd: neither verified nor placed" in shown["warnings"]
+    host.cli("stop", "--force", "--timeout", "1", "web")
+    host.tree.check(
+        f"systemd-analyze security --no-pager --offline=yes --threshold=35 {UNITS}/kvmd-standby@.service >/dev/null"
+    )
+
+
 def test_uninstalling_leaves_the_guest_and_says_how_to_stop_it(host: InstalledTree) -> None:
     pid = host.show("boot")["pid"]
     refused = host.tree.run(f"{UNINSTALL} --purge", timeout_s=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ LAYERS = {
     "kvmd.units": 0,
     "kvmd.paths": 0,
     "kvmd.launch": 0,
+    "kvmd.standby": 0,
     "kvmd.config": 1,
     "kvmd.facts": 1,
     "kvmd.actions": 1,
@@ -109,6 +111,17 @@ def test_the_client_starts_on_the_standard_library() -> None:
         for name in imports(ast.Module(body=top, type_ignores=[]), KNOWN):
             if name.split(".")[0] == "kvmd" and not name.startswith("kvmd.cli"):
                 assert name in CLIENT_MAY, f"{module} imports {name}"
+
+
+def test_what_runs_apart_from_kvmd_needs_nothing_of_it() -> None:
+    """The launcher becomes QEMU: it loads what is built into the interpreter. Its standby has the library."""
+    launcher = ast.parse(MODULES["kvmd.launch"].read_text())
+    at_start = [node for node in launcher.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {name for node in at_start for name in imports(node, KNOWN)} == {"_socket", "os", "sys"}
+    inside = {name: set(imports(node, KNOWN)) for node in launcher.body if (name := getattr(node, "name", ""))}
+    assert {name for name, found in inside.items() if found} == {"stop"}  # which sheds nothing and becomes nothing
+    standby = {name.split(".")[0] for name in imports(ast.parse(MODULES["kvmd.standby"].read_text()), KNOWN)}
+    assert standby <= sys.stdlib_module_names
 
 
 def test_nothing_is_too_long() -> None:
