@@ -113,7 +113,9 @@ def _plan_bridge(world: World, name: str, network: Network) -> bool:
 
 
 def _ensure(world: World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
-    disturbing = bool(world.ports.get(bridge)) and any(word in change for word in ("mtu", "address", "vlan"))
+    # Filtering is a fence: to put it up again is no disturbance, to take it down is.
+    words = ("mtu", "address", "vlan_filtering on -> off")
+    disturbing = bool(world.ports.get(bridge)) and any(word in change for word in words)
     return EnsureBridge(
         network=name,
         bridge=bridge,

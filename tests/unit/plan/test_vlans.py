@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.actions import Action, EnsureBridge, Problem, SetPortVlans, vlans_text
+from kvmd.actions import Action, Disruption, EnsureBridge, Problem, SetPortVlans, vlans_text
 from kvmd.config.devices import Nic
 from kvmd.config.guest import Guest
 from kvmd.config.network import Network
@@ -126,8 +126,8 @@ def test_where_it_is_not_known_yet_the_bridge_is_made() -> None:
 
 
 def test_filtering_is_switched_on_on_our_bridge_and_never_on_anothers() -> None:
-    (action,), _ = plan({"vlan": 10}, replace(KVSRV, vlan_filtering=False))
-    assert action.line() == "~ bridge kvsrv: vlan_filtering off -> on"
+    (action,), _ = plan({"vlan": 10}, replace(KVSRV, vlan_filtering=False), tap("kvsrv", access(10)))
+    assert action.line() == "~ bridge kvsrv: vlan_filtering off -> on" and action.disruption is Disruption.NONE
     actions, (problem,) = plan({"vlan": 10}, replace(BR0, vlan_filtering=False), NIC0, joined=True)
     assert actions == () and problem.guests == {"web"}
     assert problem.hint is not None and problem.hint.startswith("ip link set br0 type bridge vlan_filtering 1")
