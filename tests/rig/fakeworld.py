@@ -23,6 +23,7 @@ from kvmd.actions import (
     ReplaceRuleset,
     RestartGuest,
     SetHugepages,
+    SetPortVlans,
     StartDnsmasq,
     StartGuest,
     StopDnsmasq,
@@ -57,6 +58,7 @@ from kvmd.plan.links import bridge_alias, bridge_mac, tap_alias, tap_name
 from kvmd.plan.network import FORWARDING, FORWARDING6
 from kvmd.plan.nfttable import NETWORKS, PORTS, fingerprint
 from kvmd.plan.release import plan_release
+from kvmd.plan.vlans import wanted_vlans
 from tests.rig.hosts import GIB, MIB, topology
 
 BOOT = "boot-1"
@@ -361,7 +363,9 @@ def _tap(facts: Facts, desired: Desired, guest: str, nic: str, number: int) -> L
     assert any(link.name == bridge for link in facts.links), f"{guest} is plugged into {bridge}, which is not there"
     index = max(link.index for link in facts.links) + 1 + number
     alias = tap_alias(network, guest, nic)
-    return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias)
+    filtering = desired.networks[network].network.vlan_filtering
+    vlans = wanted_vlans(desired.guests[guest].nic[nic], 1) if filtering else None
+    return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias, vlans=vlans)
 
 
 # ---- one function for each action ---------------------------------------------------------------------------------
@@ -401,8 +405,16 @@ def _ensure_bridge(world: FakeWorld, action: EnsureBridge) -> None:
         alias=bridge_alias(action.network),
         addresses=action.addresses,
         stp=action.stp,
+        vlan_filtering=action.vlan_filtering,
+        default_pvid=1,
     )
     world.change(links=(*(link for link in world.facts.links if link is not old), made))
+
+
+def _set_port_vlans(world: FakeWorld, action: SetPortVlans) -> None:
+    links = world.facts.links
+    assert any(link.name == action.port and link.master == action.bridge for link in links), f"no port {action.port}"
+    world.change(links=tuple(replace(one, vlans=action.vlans) if one.name == action.port else one for one in links))
 
 
 def _remove_bridge(world: FakeWorld, action: RemoveBridge) -> None:
@@ -493,6 +505,7 @@ EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     WriteKnob: _write_knob,
     SetHugepages: _set_hugepages,
     EnsureBridge: _ensure_bridge,
+    SetPortVlans: _set_port_vlans,
     RemoveBridge: _remove_bridge,
     ReplaceRuleset: _replace_ruleset,
     StartDnsmasq: _start_dnsmasq,
