@@ -35,6 +35,7 @@ def test_a_limit_is_enforced(lab: Lab) -> None:
     assert lab.run([*hungry[:-1], "-pMemoryMax=400M", *eat], timeout_s=120).returncode == 0
 
 
+@pytest.mark.long  # kvmd's own tests boot one under it in every run
 def test_linux_boots_under_its_kvm_with_the_hosts_processor(lab: Lab) -> None:
     lab.check("test -d /sys/module/kvm_amd")
     kernel, initrd = guest_kernel()
@@ -49,13 +50,28 @@ def test_linux_boots_under_its_kvm_with_the_hosts_processor(lab: Lab) -> None:
         lab.run("systemctl stop probe")
 
 
-def test_files_and_units_outlive_a_reboot(lab: Lab) -> None:
-    before = lab.boot_id
-    unit = "[Service]\nExecStart=/bin/sleep 1000\n[Install]\nWantedBy=multi-user.target\n"
-    lab.write("/etc/systemd/system/again.service", unit)
-    lab.check("systemctl enable --quiet --now again")
-    lab.reboot()
-    assert lab.boot_id not in ("", before)
-    assert lab.check("systemctl is-active again") == "active\n"
-    assert len(lab.check("journalctl --list-boots --no-pager").splitlines()) >= 2
-    lab.check("systemctl disable --quiet --now again && rm /etc/systemd/system/again.service")
+def test_two_nodes_with_threads_and_a_gigantic_page_each(lab_numa: Lab) -> None:
+    nodes = "/sys/devices/system/node"
+    assert lab_numa.check(f"cat {nodes}/node0/cpulist {nodes}/node1/cpulist") == "0-3\n4-7\n"
+    siblings = lab_numa.check("cat /sys/devices/system/cpu/cpu[0-7]/topology/thread_siblings_list").split()
+    assert siblings == ["0-1", "0-1", "2-3", "2-3", "4-5", "4-5", "6-7", "6-7"]
+    assert lab_numa.check(f"cat {nodes}/node*/hugepages/hugepages-1048576kB/nr_hugepages").split() == ["1", "1"]
+    lab_numa.check("test -d /sys/module/kvm_amd")
+
+
+def test_an_iommu_with_virtual_functions_and_a_group_of_two(lab_iommu: Lab) -> None:
+    devices = "/sys/bus/pci/devices"
+    (physical,) = lab_iommu.check(f"dirname {devices}/*/sriov_totalvfs").split()
+    assert lab_iommu.check(f"cat {physical}/sriov_totalvfs") == "4\n"
+    lab_iommu.check(f"echo 2 >{physical}/sriov_numvfs")
+    try:
+        groups = lab_iommu.check(f"readlink -f {physical}/iommu_group {physical}/virtfn[01]/iommu_group").split()
+        assert len(set(groups)) == 3
+    finally:
+        lab_iommu.check(f"echo 0 >{physical}/sriov_numvfs")
+    # A test device without a driver, and the random number generator behind the same bridge.
+    (shared,) = lab_iommu.check(f"grep -l 0x1b36 {devices}/0000:03:*/vendor").split()
+    group = lab_iommu.check(f"ls $(dirname {shared})/iommu_group/devices").split()
+    assert len(group) == 3, "the bridge and two devices"
+    lab_iommu.check("modprobe vfio-pci && test -c /dev/vfio/vfio")
+    lab_iommu.check("test -d /sys/module/kvm_amd")

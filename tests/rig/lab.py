@@ -7,6 +7,7 @@ test guest where `guest_kernel()` finds it. `scripts/lab` is this for people.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tests.rig.guestimage import cache, kernel_image
-from tests.rig.labimage import lab_disk
+from tests.rig.labimage import ROOT, lab_disk
+from tests.rig.labinstall import prepared_environment
+from tests.rig.labprofiles import DEFAULT, PROFILES, Hardware
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What the checkout's disk has room for beyond the files, for what is built in it.
@@ -33,29 +35,6 @@ SPARE_BYTES = 128 * 1024**2
 
 class LabFailed(AssertionError):
     """The lab did not boot, answer, or a command in it failed; the message quotes what it said and where its log is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """The machine to be: `nodes` splits CPUs and memory evenly; `kernel` is added to its command line."""
-
-    cpus: int = 4
-    memory_mib: int = 3072
-    nodes: int = 1
-    kernel: str = ""
-
-    def arguments(self) -> list[str]:
-        """QEMU's machine, processor and memory options."""
-        # An interrupt controller split with the kernel is for KVM; TCG needs nothing of it.
-        # Without la57 each emulated page walk is a level shorter.
-        words = ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]
-        words += ["-smp", f"{self.cpus},sockets={self.nodes}", "-m", f"{self.memory_mib}M"]
-        if self.nodes > 1:
-            each, cpus = self.memory_mib // self.nodes, self.cpus // self.nodes
-            for node in range(self.nodes):
-                words += ["-object", f"memory-backend-ram,id=m{node},size={each}M"]
-                words += ["-numa", f"node,nodeid={node},memdev=m{node},cpus={node * cpus}-{node * cpus + cpus - 1}"]
-        return words
 
 
 class Lab:
@@ -106,7 +85,7 @@ class Lab:
         )
         # loglevel=4: messages on an emulated serial line cost more than what they tell; mitigations cost half the speed
         # and protect nobody in here.
-        kernel = f"console=ttyS0 root=/dev/nvme0n1 rw panic=-1 loglevel=4 mitigations=off {self.hardware.kernel}"
+        kernel = f"console=ttyS0 root={ROOT} rw panic=-1 loglevel=4 mitigations=off {self.hardware.kernel}"
         return [
             *("qemu-system-x86_64", "-name", "kvmd-lab", "-nodefaults", "-no-user-config", "-display", "none"),
             # A reboot ends this QEMU and another boots the same disk: after a reset inside one process the second
@@ -176,6 +155,12 @@ class Lab:
         """Write a text file in the lab, with its directories."""
         target = shlex.quote(path)
         self.check(f"mkdir -p $(dirname {target}) && cat >{target} && chmod {mode:o} {target}", stdin=content)
+
+    def install(self) -> None:
+        """scripts/install from the checkout, with the environment that was made beforehand."""
+        self.check("rm -rf /opt/kvmd && cp -a /src/prepared/kvmd /opt/kvmd", timeout_s=240)
+        said = self.check("KVMD_WHEELS=/opt/kvmd-wheels /src/kvmd/scripts/install", timeout_s=600)
+        assert "up to date" in said, f"the environment was made again in the lab, which takes minutes: {said}"
 
     def journal(self, unit: str | None = None) -> str:
         """This boot's journal, of one unit or all."""
@@ -293,7 +278,8 @@ def _quiet(command: list[str]) -> None:
 
 
 def _make_source_disk(disk: Path, staging: Path) -> None:
-    """An ext4 image of the checkout as it is: tracked files and new ones, nothing that git ignores."""
+    """An ext4 image of the checkout as it is (tracked files and new ones, nothing that git ignores), and of /opt/kvmd
+    as its scripts/install makes it."""
     listed = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files", "-coz", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -301,42 +287,68 @@ def _make_source_disk(disk: Path, staging: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    staging.mkdir()
-    total = 0
+    checkout = staging / "kvmd"
+    checkout.mkdir(parents=True)
     for name in filter(None, listed.split("\0")):
-        source, target = REPOSITORY / name, staging / name
+        source, target = REPOSITORY / name, checkout / name
         if not source.exists():  # deleted in the work tree, not yet in git
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target, follow_symlinks=False)
-        total += source.lstat().st_size
+    shutil.copytree(prepared_environment(checkout), staging / "prepared/kvmd", symlinks=True)
+    total = sum(file.lstat().st_size for file in staging.rglob("*") if not file.is_dir())
     size_kib = (2 * total + SPARE_BYTES) // 1024
     _quiet(["mkfs.ext4", "-q", "-F", "-m", "0", "-d", str(staging), str(disk), f"{size_kib}k"])
     shutil.rmtree(staging)
 
 
-def _hardware_from_environment() -> Hardware:
-    asked = os.environ
-    return Hardware(
-        cpus=int(asked.get("LAB_CPUS", "4")),
-        memory_mib=int(asked.get("LAB_MEMORY_MIB", "3072")),
-        nodes=int(asked.get("LAB_NODES", "1")),
-        kernel=asked.get("LAB_KERNEL", ""),
-    )
-
-
 def main() -> int:
-    """`python -m tests.rig.lab shell | run COMMAND`, as scripts/lab calls it."""
-    verb, *words = sys.argv[1:]
-    with Lab(_hardware_from_environment()) as lab:
-        if verb == "shell":
+    """What scripts/lab does; run by the distribution's Python, since set-up has yet to make the environment."""
+    asked, pytest_arguments = _parsed()
+    if asked.verb == "list":
+        for profile in PROFILES.values():
+            print(f"{profile.name:10} {profile.about}{' (the default)' if profile.name == DEFAULT else ''}")
+        return 0
+    if asked.verb == "test":
+        if asked.profile:
+            os.environ["KVMD_TEST_LAB"] = asked.profile
+        long = ["--long"] if asked.all or asked.profile else []
+        script = REPOSITORY / "scripts/test"
+        os.execv(script, [str(script), *long, "tests/lab", *pytest_arguments])
+    _quiet([str(REPOSITORY / "scripts/setup"), "base", "lab"])
+    with Lab(PROFILES[asked.profile].hardware) as lab:
+        if asked.verb == "shell":
             return subprocess.run(lab.command(interactive=True), check=False).returncode
         lab.boot()
-        ran = lab.run(" ".join(words), timeout_s=3600)
+        ran = lab.run(" ".join(asked.command), timeout_s=3600)
         sys.stdout.write(ran.stdout)
         sys.stderr.write(ran.stderr)
         lab.poweroff()
         return ran.returncode
+
+
+def _parsed() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it is pytest's."""
+    parser = argparse.ArgumentParser(prog="scripts/lab")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="the profiles: each a machine of its own")
+    shell = verbs.add_parser("shell", help="a root shell on its console; Ctrl-A X ends the VM")
+    run = verbs.add_parser("run", help="boot, run one shell line as root, print its output, end with its status")
+    for verb in (shell, run):
+        verb.add_argument("--profile", choices=list(PROFILES), default=DEFAULT)
+    run.add_argument("command", nargs=argparse.REMAINDER)
+    test = verbs.add_parser(
+        "test", help="the tests of every run, all of one profile's, or all; pytest's arguments follow"
+    )
+    which = test.add_mutually_exclusive_group()
+    which.add_argument("--profile", choices=list(PROFILES))
+    which.add_argument("--all", action="store_true")
+    asked, rest = parser.parse_known_args()
+    if asked.verb != "test" and rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    if asked.verb == "run" and not asked.command:
+        run.error("what shall be run?")
+    return asked, rest
 
 
 if __name__ == "__main__":

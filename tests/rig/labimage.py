@@ -1,28 +1,36 @@
 """Builds the root disk of the lab VM: the cached Debian tree with a kernel's modules, the harness's agent, the Python
 environment, kvmd's wheels and the test guest. Standard library only; `scripts/setup lab` runs it.
 
-The disk is a pristine raw ext4 image; each lab writes to a copy-on-write layer of its own. It lies on NVMe, whose
-driver is built into Debian's cloud kernel, so the VM needs no initramfs.
+The disk is a pristine raw image; each lab writes to a copy-on-write layer of its own. It lies on NVMe, whose driver is
+built into Debian's cloud kernel, so the VM needs no initramfs. It has one partition, which the kernel command line can
+name: where there is a second NVMe controller, which one is nvme0 is a race.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import struct
 import subprocess
+import time
 from pathlib import Path
 
 from tests.rig.guestimage import cache, guest_kernel, kernel_image, kernel_tree
 from tests.rig.tree import tree_path
 
 AGENT = Path(__file__).with_name("labagent.py")
+OTHERS_KEPT_S = 24 * 3600.0
 DISK_BYTES = 6 * 1024**3
+PARTITION_AT = 1024**2
+_DISK_ID = 0x6B766D64
+# root= of the kernel command line.
+ROOT = f"PARTUUID={_DISK_ID:08x}-01"
 
 FILES = {
     "etc/hostname": "lab\n",
     "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 lab\n::1 localhost\n",
     "etc/resolv.conf": "nameserver 10.0.2.3\n",
-    "etc/fstab": "/dev/disk/by-id/virtio-src /src/kvmd ext4 nofail,x-systemd.device-timeout=600 0 0\n",
+    "etc/fstab": "/dev/disk/by-id/virtio-src /src ext4 nofail,x-systemd.device-timeout=600 0 0\n",
     # nested=0: the processor that TCG emulates has SVM, and not what a second level needs.
     "etc/modprobe.d/kvmd-lab.conf": "options kvm-amd nested=0\n",
     "etc/modules-load.d/kvmd-lab.conf": "virtio_console\nkvm-amd\nvhost_net\ntun\n",
@@ -69,6 +77,7 @@ def lab_disk() -> Path:
     disk = cache() / "lab" / f"root-{_inputs_hash()}.img"
     if not disk.exists():
         _build(disk)
+    disk.touch()
     return disk
 
 
@@ -90,7 +99,7 @@ def _populate(extra: Path) -> None:
         (extra / name).parent.mkdir(parents=True, exist_ok=True)
         (extra / name).symlink_to(target)
     (extra / "var/log/journal").mkdir(parents=True)
-    (extra / "src/kvmd").mkdir(parents=True)
+    (extra / "src").mkdir(parents=True)
     (extra / "usr/local/lib/kvmd-lab").mkdir(parents=True)
     shutil.copyfile(AGENT, extra / "usr/local/lib/kvmd-lab/agent.py")
     shutil.copytree(kernel_tree() / "lib/modules", extra / "usr/lib/modules", symlinks=True)
@@ -116,16 +125,31 @@ def _build(disk: Path) -> None:
     # One overlay of two read-only layers, mounted where only this command sees it, saves copying the tree.
     script = (
         'mount -t overlay overlay -o "lowerdir=$1:$2" "$3/root" && '
-        'mkfs.ext4 -q -F -L labroot -m 0 -E lazy_itable_init=1,lazy_journal_init=1 -d "$3/root" "$3/disk" "$4"'
+        'mkfs.ext4 -q -F -L labroot -m 0 -E "offset=$5,lazy_itable_init=1,lazy_journal_init=1"'
+        ' -d "$3/root" "$3/disk" "$4"'
     )
-    arguments = [str(extra), str(tree_path()), str(scratch), f"{DISK_BYTES // 1024}k"]
+    size_kib = (DISK_BYTES - PARTITION_AT) // 1024
+    arguments = [str(extra), str(tree_path()), str(scratch), f"{size_kib}k", str(PARTITION_AT)]
     subprocess.run(
         ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh", *arguments], check=True
     )
+    with (scratch / "disk").open("r+b") as image:
+        image.truncate(DISK_BYTES)
+        image.seek(440)
+        image.write(_partition_table())
+    # Other checkouts share the cache, and a lab of theirs opens its disk again when it reboots.
     for old in disk.parent.glob("root-*.img"):
-        old.unlink()
+        if old.stat().st_mtime < time.time() - OTHERS_KEPT_S:
+            old.unlink()
     (scratch / "disk").rename(disk)
     shutil.rmtree(scratch)
+
+
+def _partition_table() -> bytes:
+    """What an MBR has from byte 440 on: the disk's id, and one Linux partition from PARTITION_AT to the end."""
+    first, count = PARTITION_AT // 512, (DISK_BYTES - PARTITION_AT) // 512
+    entry = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", first, count)
+    return struct.pack("<IH", _DISK_ID, 0) + entry + bytes(48) + b"\x55\xaa"
 
 
 def main() -> None:
