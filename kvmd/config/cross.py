@@ -159,7 +159,7 @@ def _claims(guest: Guest) -> Iterator[_Claim]:
         yield _Claim("uuid", guest.guest.uuid, ("guest", "uuid"))
     for name, disk in guest.disk.items():
         file = posixpath.normpath(disk.file)
-        yield _Claim("image", file, ("disk", name, "file"), shared=not disk.writable)
+        yield _Claim("image", file, ("disk", name, "file"), shared=not disk.writable or disk.shared)
     for name, nic in guest.nic.items():
         if nic.mac is not None:
             yield _Claim("MAC address", nic.mac, ("nic", name, "mac"))

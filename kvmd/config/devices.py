@@ -18,11 +18,12 @@ from kvmd.config.scalars import (
     Path,
     PciAddress,
     QemuWord,
+    TableName,
     Vlan,
 )
 
 _BLOCK_FORMATS_LATER = ("vmdk", "vdi", "vhdx", "vpc", "qed", "luks")
-_INTERFACES_LATER = ("scsi", "ide", "sata", "nvme", "usb", "floppy", "sd", "mtd", "pflash")
+_INTERFACES_LATER = ("mtd", "pflash")
 
 
 def _unix_only(value: object) -> object:
@@ -52,16 +53,34 @@ class Disk(Table):
     )
     size: None = later("size", "With `from`: size of the image to make.", mark="~")
     from_: None = later("text", "Image to make the disk from.", alias="from")
-    interface: Literal["virtio"] = key(
+    interface: Literal["virtio", "scsi", "ide", "sata", "nvme", "usb", "floppy", "sd"] = key(
         "virtio",
-        'The device; media = "cdrom" has the machine\'s own controller instead.',
+        'The device; media = "cdrom" has the machine\'s own controller instead of virtio.',
         mark="!",
         classic="if=",
         later_values=_INTERFACES_LATER,
     )
-    bus: None = later("number", "Bus of the interface.", mark="!", classic="bus=")
-    unit: None = later("number", "Unit on the bus.", mark="!", classic="unit=")
-    index: None = later("number", "bus and unit in one.", mark="!", classic="index=")
+    bus: int | None = key(
+        None,
+        "Bus of the interface; absent: kept from the first start.",
+        mark="!",
+        classic="bus=",
+        ge=0,
+        le=255,
+        example="0",
+    )
+    unit: int | None = key(
+        None, "Unit, port or SCSI target on the bus.", mark="!", classic="unit=", ge=0, le=255, example="1"
+    )
+    index: int | None = key(
+        None,
+        "Bus and unit in one: bus x units per bus + unit, two units on ide, seven on scsi.",
+        mark="!",
+        classic="index=",
+        ge=0,
+        le=255,
+        example="2",
+    )
     media: Literal["disk", "cdrom"] = key("disk", "A CD is read-only.", mark="!", classic="media=")
     snapshot: Literal[False] = key(
         False, "Write to a temporary overlay.", mark="!", classic="snapshot=on", later_values=(True,)
@@ -93,15 +112,38 @@ class Disk(Table):
     detect_zeroes: Literal["off", "on", "unmap"] = key(
         "off", "Turn writes of zeroes into holes.", mark="!", classic="detect-zeroes="
     )
-    iothread: None = later("text", "I/O thread.", mark="!", classic="iothread=")
-    queues: None = later("number", "Request queues.", mark="!", classic="num-queues=")
+    iothread: TableName | None = key(
+        None,
+        "Name of an I/O thread of the guest's own; disks that name the same one share it.",
+        mark="!",
+        classic="iothread=",
+        example='"fast"',
+    )
+    queues: int | None = key(
+        None,
+        "Request queues, at most one per vCPU.",
+        mark="!",
+        classic="num-queues=",
+        ge=1,
+        le=256,
+        example="4",
+        default_text="QEMU's, one per vCPU",
+    )
     throttle: None = later("table", "Limits of rate.", mark="~", classic="bps= iops=")
-    logical_block_size: None = later("number", "Sector size the guest sees.", mark="!", unit="bytes")
+    logical_block_size: Literal[512, 1024, 2048, 4096] | None = key(
+        None, "Sector size the guest sees.", mark="!", unit="bytes", default_text="512", example="4096"
+    )
     on_error: Literal["report", "ignore", "stop", "stop_enospc"] = key(
         "stop_enospc", "What an I/O error does.", mark="!", classic="werror= rerror="
     )
     backing: None = later("absolute path", "Backing image.", mark="!")
-    shared: None = later("boolean", "Several guests use it.", mark="!", classic="share-rw=")
+    shared: bool = key(
+        False,
+        "Other guests write to it too, and its file system knows how.",
+        mark="!",
+        classic="share-rw=",
+        example="true",
+    )
     encryption: DiskEncryption | None = key(None, "Encrypted image.", mark="!")
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +16,8 @@ from kvmd.config.desired import Severity
 from kvmd.config.key import LATER, quote
 from kvmd.config.lines import KeyPath, dotted
 from kvmd.config.scalars import described
+
+H = TypeVar("H", bound=Hashable)
 
 MAX_SHOWN = 50
 _SUGGESTED = 20  # near matches looked up per file: they cost about a millisecond each
@@ -186,3 +189,14 @@ def at_most(found: Iterator[Complaint]) -> list[Complaint]:
     every = list(found)
     rest = len(every) - MAX_SHOWN
     return every if rest <= 0 else [*every[:MAX_SHOWN], Complaint((), f"{rest} more faults in this file are not shown")]
+
+
+def twice(items: Iterable[tuple[str, H | None]]) -> Iterator[tuple[str, str, H]]:
+    """(later name, earlier name, value) of each value that several have; None does not count."""
+    names: dict[H, list[str]] = defaultdict(list)
+    for name, value in items:
+        if value is not None:
+            names[value].append(name)
+    for value, having in names.items():
+        for name in having[1:]:
+            yield name, having[0], value

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 from kvmd.config.dhcpoptions import option_number
-from kvmd.config.faults import Complaint
+from kvmd.config.faults import Complaint, twice
 from kvmd.config.network import Dhcp, Network, bridge_name, is_forwarding, is_translated, overlap
-from kvmd.config.rules import twice
 from kvmd.units import Duration
 
 Address = IPv4Address | IPv6Address

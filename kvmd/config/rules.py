@@ -5,12 +5,12 @@ Pure: a validated model in, complaints out, all of them. Each message shows the 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterator
 
 from kvmd.config.daemon import Daemon
-from kvmd.config.devices import Disk, Nic
-from kvmd.config.faults import Complaint
+from kvmd.config.devices import Nic
+from kvmd.config.diskrules import disk_rules
+from kvmd.config.faults import Complaint, twice
 from kvmd.config.guest import Guest
 from kvmd.config.host import PAGE_SIZES, Host
 from kvmd.units import MAX_CPU, Size
@@ -27,9 +27,7 @@ def guest_rules(guest: Guest) -> Iterator[Complaint]:
     yield from _hugepages(guest)
     yield from _boot(guest)
     yield from _start(guest)
-    for name, disk in guest.disk.items():
-        yield from _disk(("disk", name), disk)
-    yield from _disks_together(guest)
+    yield from disk_rules(guest)
     for name, nic in guest.nic.items():
         yield from _nic(("nic", name), nic, guest.cpu.vcpus)
     yield from _nics_together(guest)
@@ -131,36 +129,6 @@ def _start(guest: Guest) -> Iterator[Complaint]:
     if not guest.nic and guest.machine.default_nic:
         text = "no [nic.NAME]: the guest gets one user-mode NIC, as QEMU does"
         yield Complaint(("nic",), text, "machine.default_nic = false for none", severity="warning", given=False)
-
-
-def _disk(path: tuple[str, ...], disk: Disk) -> Iterator[Complaint]:
-    if disk.aio == "native" and disk.cache not in (None, "none", "directsync"):
-        text = f'"native" needs direct I/O, but cache = "{disk.cache}"'
-        yield Complaint((*path, "aio"), text, 'cache = "none" or "directsync", or aio = "threads"')
-    if disk.media == "cdrom" and "readonly" in disk.model_fields_set and not disk.readonly:
-        yield Complaint((*path, "readonly"), "a CD is always read-only", "leave the key out")
-    if disk.detect_zeroes == "unmap" and disk.discard != "unmap":
-        yield Complaint((*path, "detect_zeroes"), '"unmap" needs discard = "unmap"')
-
-
-def twice(items: Iterable[tuple[str, Hashable]]) -> Iterator[tuple[str, str, Hashable]]:
-    """(later name, earlier name, value) of each value that several have; None does not count."""
-    names: dict[Hashable, list[str]] = defaultdict(list)
-    for name, value in items:
-        if value is not None:
-            names[value].append(name)
-    for value, having in names.items():
-        for name in having[1:]:
-            yield name, having[0], value
-
-
-def _disks_together(guest: Guest) -> Iterator[Complaint]:
-    disks = guest.disk.items()
-    for name, other, file in twice((name, disk.file) for name, disk in disks):
-        if guest.disk[name].writable or guest.disk[other].writable:
-            yield Complaint(("disk", name, "file"), f'"{file}" is the file of disk.{other} too')
-    for name, other, slot in twice((name, disk.pci_address) for name, disk in disks):
-        yield Complaint(("disk", name, "pci_address"), f'"{slot}" is the slot of disk.{other} too')
 
 
 def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:

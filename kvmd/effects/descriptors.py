@@ -67,7 +67,12 @@ class Opener:
             if not disk.file:
                 continue
             found = images.open_image(
-                disk.file, writable=disk.writable, format=disk.format, roots=self.roots, media=disk.media
+                disk.file,
+                writable=disk.writable,
+                format=disk.format,
+                roots=self.roots,
+                media=disk.media,
+                shared=disk.shared,
             )
             self._images[name] = found.fd
             seen[name] = ImageFact(block=found.is_block, direct=found.direct_io)

@@ -18,7 +18,7 @@ from kvmd.errors import NotSupported, QemuFailed, Refused
 Accel = Literal["kvm", "tcg"]
 
 OLDEST = (7, 2)  # the QEMU of Debian 12: JSON for -device and -netdev, -action, fdsets as kvmd uses them
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 
 # Asked once each. `device-list-properties` costs 2.4 ms a type and some types kill the emulator that is asked (their
 # module is missing), so it is asked for the types kvmd emits and for no other.
@@ -41,6 +41,13 @@ DEVICES = (
     "ide-hd",
     "ide-cd",
     "nvme",
+    "usb-storage",
+    "floppy",
+    "sd-card",
+    "ich9-ahci",
+    "qemu-xhci",
+    "sdhci-pci",
+    "isa-fdc",
     "virtio-net-pci",
     "virtio-balloon-pci",
     "virtio-rng-pci",

@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kvmd.config import places
 from kvmd.config.devices import Disk, Nic
 from kvmd.config.guest import Cpu, Guest
 from kvmd.errors import NotSupported, Refused
 
-Bus = Literal["virtio", "sata", "ide"]
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 
 DEFAULT_NIC = "default"  # the NAME of the NIC a guest without any [nic.NAME] gets
 _USER_NIC = Nic(type="user")
 
-# Ports of the board's own drive controllers: q35's ICH9 AHCI, i440fx's PIIX3 IDE (two channels of two).
-PORTS: Mapping[Bus, int] = {"sata": 6, "ide": 4}
+PCI_DISKS = frozenset({"virtio", "nvme"})  # interfaces whose drives are PCI devices themselves
 # Slots of the root bus that the boards use themselves: host bridge; q35's LPC, SATA and SMBus; the PIIX3's functions.
 BOARD_SLOTS: Mapping[str, frozenset[int]] = {"pc-q35": frozenset({0x00, 0x1F}), "pc-i440fx": frozenset({0x00, 0x01})}
 
@@ -89,28 +88,21 @@ def nic_driver(model: str) -> str:
     return "virtio-net-pci" if model == "virtio" else model
 
 
-def disk_bus(disk: Disk, machine: str) -> Bus:
-    """Where a drive sits. virtio has no CD drive, so a CD is on the board's own controller."""
-    if disk.media == "disk":
-        return "virtio"
-    return "sata" if family(machine) == "pc-q35" else "ide"
-
-
 def video_model(guest: Guest) -> str:
     """ "std", "virtio" or "none"."""
     return guest.video.model or ("std" if guest.display.type != "none" else "none")
 
 
-def pci_devices(guest: Guest) -> tuple[str, ...]:
+def pci_devices(guest: Guest, machine: str) -> tuple[str, ...]:
     """Ids of the devices that take a PCI slot, in the order in which first slots are given out."""
     found = ["video"] if video_model(guest) != "none" else []
-    found += [f"disk-{name}" for name, disk in guest.disk.items() if disk.media == "disk"]
+    found += [f"disk-{name}" for name, disk in guest.disk.items() if places.disk_bus(disk, machine) in PCI_DISKS]
     found += [f"nic-{name}" for name in nics(guest)]
     found += ["balloon"] if guest.memory.ballooned else []
     found += ["rng"] if guest.rng.source else []
     found += ["agent"] if guest.agent.enabled else []
     found += ["pvpanic"] if guest.pvpanic.enabled else []
-    return tuple(found)
+    return (*found, *places.controllers(guest, machine))
 
 
 def cache_mode(disk: Disk, *, direct_works: bool) -> CacheMode:
@@ -131,19 +123,24 @@ def aio_mode(disk: Disk, cache: CacheMode) -> str:
 def boot_order(name: str, guest: Guest) -> tuple[str, ...]:
     """Ids of the devices the firmware tries, first to last. Raises Refused on a device the guest does not have.
 
-    Absent: disks, CDs, NICs, each in the order of the file. Letters are QEMU's classic ones: c disks, d CDs, n NICs.
+    Absent: disks, CDs, NICs, each in the order of the file. Letters are QEMU's classic ones: a and b floppies, c disks,
+    d CDs, n NICs. An SD card is nothing a firmware boots by name.
     """
-    disks = tuple(f"disk-{key}" for key, disk in guest.disk.items() if disk.media == "disk")
-    cds = tuple(f"disk-{key}" for key, disk in guest.disk.items() if disk.media == "cdrom")
+    named = {f"disk-{key}": disk for key, disk in guest.disk.items() if disk.interface != "sd"}
+    floppies = tuple(key for key, disk in named.items() if disk.interface == "floppy")
+    cds = tuple(key for key, disk in named.items() if disk.media == "cdrom")
+    disks = tuple(key for key in named if key not in floppies + cds)
     cards = tuple(f"nic-{key}" for key in nics(guest))
     order = guest.boot.order
     if order is None:
-        return disks + cds + cards
+        return disks + cds + floppies + cards
     if isinstance(order, str):
-        letters = {"c": disks, "d": cds, "n": cards}
+        drives = {number if (unit := named[key].unit) is None else unit: key for number, key in enumerate(floppies)}
+        a, b = ((drives[unit],) if unit in drives else () for unit in (0, 1))
+        letters: Mapping[str, tuple[str, ...]] = {"a": a, "b": b, "c": disks, "d": cds, "n": cards}
         return tuple(device for letter in order for device in letters.get(letter, ()))
     wanted = tuple(device.replace(".", "-", 1) for device in order)
     for key, device in zip(order, wanted, strict=True):
-        if device not in disks + cds + cards:
-            raise Refused(f"guest {name}: boot.order names {key}, which this guest does not have")
+        if device not in disks + cds + floppies + cards:
+            raise Refused(f"guest {name}: boot.order names {key}, which this guest cannot boot from")
     return wanted

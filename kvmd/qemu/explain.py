@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from kvmd.config import places
 from kvmd.config.guest import Guest
 from kvmd.facts import EMPTY
 from kvmd.qemu import defaults
@@ -105,11 +106,10 @@ def _disks(guest: Guest, identity: Identity, images: Mapping[str, ImageFact]) ->
             yield Line(f"disk.{key}.aio", defaults.aio_mode(disk, cache), reason)
         if "on_error" not in disk.model_fields_set and disk.media == "disk":
             yield Line(f"disk.{key}.on_error", disk.on_error, "a full file system pauses the guest, nothing is lost")
-        bus = defaults.disk_bus(disk, identity.machine)
-        if bus != "virtio":
-            yield Line(
-                f"disk.{key}.interface", bus, f"a CD drive sits on the board's own controller ({identity.machine})"
-            )
+        if disk.media == "cdrom" and disk.interface == "virtio":
+            bus = places.disk_bus(disk, identity.machine)
+            reason = f"a CD drive sits on the board's own controller ({identity.machine})"
+            yield Line(f"disk.{key}.interface", bus, reason)
 
 
 def _nics(guest: Guest, identity: Identity) -> Iterator[Line]:
@@ -124,7 +124,7 @@ def _nics(guest: Guest, identity: Identity) -> Iterator[Line]:
 
 def _places(guest: Guest, identity: Identity) -> Iterator[Line]:
     explicit = {f"disk-{key}" for key, disk in guest.disk.items() if disk.pci_address}
-    for device in defaults.pci_devices(guest):
+    for device in defaults.pci_devices(guest, identity.machine):
         if device not in explicit:
             key = f"{device.replace('-', '.', 1)}.pci_address"
             yield Line(key, identity.slots[device], "given out once, kept in the identity file")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from kvmd.config import places
+from kvmd.config.devices import Disk
 from kvmd.config.guest import Guest
 from kvmd.errors import ConfigInvalid, NotSupported, Refused
 from kvmd.qemu import defaults
@@ -25,6 +27,8 @@ from kvmd.qemu.caps import Capabilities
 V = TypeVar("V")
 
 SCHEMA = 1
+MOST_UNITS = max(places.BUSES[bus] * places.UNITS[bus] for bus in places.UNITS)
+MOST_SERIALS = 256
 OUI = "52:54:00"  # QEMU's customary prefix; its second bit marks it as locally administered
 
 _KEY = re.compile(r"[a-z0-9]([a-z0-9_-]{0,40}[a-z0-9])?")
@@ -41,7 +45,7 @@ class Identity:
     machine: str  # versioned: "pc-q35-7.2"
     macs: Mapping[str, str]  # [nic.NAME] -> "52:54:00:…"
     slots: Mapping[str, str]  # device id -> "SLOT.FUNCTION" on the root bus, in hex
-    units: Mapping[str, int]  # "sata-NAME", "ide-NAME" -> port of the controller
+    units: Mapping[str, int]  # "sata-NAME", "ide-NAME", "scsi-NAME"... -> place on the bus (config/places.py)
     serials: Mapping[str, int]  # [serial.NAME] -> number of the ISA port, 0 is ttyS0
 
 
@@ -69,7 +73,7 @@ def allot(
         machine=machine,
         macs=_frozen(_macs(name, guest, uuid, old_macs, taken_macs)),
         slots=_frozen(_slots(name, guest, machine, previous.slots if previous else {})),
-        units=_frozen(_units(guest, machine, previous.units if previous else {})),
+        units=_frozen(_units(name, guest, machine, previous.units if previous else {})),
         serials=_frozen(_numbers(guest.serial, previous.serials if previous else {}, "")),
     )
 
@@ -117,7 +121,7 @@ def _slots(name: str, guest: Guest, machine: str, old: Mapping[str, str]) -> dic
     """A slot of the root bus for each PCI device of the guest. First the places that are fixed, then the new ones."""
     fixed = defaults.BOARD_SLOTS[defaults.require_board(name, machine)]
     explicit = _explicit_slots(guest)
-    now = defaults.pci_devices(guest)
+    now = defaults.pci_devices(guest, machine)
     slots = {key: slot for key, slot in old.items() if _number(slot) not in fixed}
     for key, slot in explicit.items():
         if not slot.endswith(".0"):
@@ -161,20 +165,43 @@ def _free_slot(name: str, key: str, slots: dict[str, str], now: Iterable[str], f
 def _explicit_slots(guest: Guest) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, disk in guest.disk.items():
-        if disk.pci_address and disk.media == "disk":
+        if disk.pci_address:
             slot, _, function = disk.pci_address.partition(".")
             found[f"disk-{key}"] = f"{int(slot, 16):02x}.{function or '0'}"
     return found
 
 
-def _units(guest: Guest, machine: str, old: Mapping[str, int]) -> dict[str, int]:
-    """A port for each drive that sits on a controller with ports."""
+def _units(name: str, guest: Guest, machine: str, old: Mapping[str, int]) -> dict[str, int]:
+    """A place for each drive that sits on a bus with numbered ones; what the file asks for wins over what was kept."""
     units = dict(old)
-    for bus in defaults.PORTS:
-        disks = [disk for disk in guest.disk if defaults.disk_bus(guest.disk[disk], machine) == bus]
-        mine = {key: unit for key, unit in units.items() if key.startswith(f"{bus}-")}
-        units |= _numbers(disks, mine, f"{bus}-")
+    for bus in places.UNITS:
+        mine = {key: number for key, number in units.items() if key.startswith(f"{bus}-")}
+        disks = {key: disk for key, disk in guest.disk.items() if places.disk_bus(disk, machine) == bus}
+        for key, place in _asked_places(name, disks, bus).items():
+            holder = next((other for other, number in mine.items() if number == place and other != key), None)
+            if holder:
+                del mine[holder]
+            mine[key] = place
+        kept = {key: number for key, number in units.items() if not key.startswith(f"{bus}-")}
+        units = kept | _numbers(disks, mine, f"{bus}-")
     return units
+
+
+def _asked_places(name: str, disks: Mapping[str, Disk], bus: places.Bus) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for disk, table in disks.items():
+        try:
+            place = places.asked_place(table, bus)
+        except ValueError as error:
+            raise Refused(f"guest {name}: disk.{disk}: {error}") from None
+        if place is not None:
+            number = place.number(bus)
+            twin = next((other for other, taken in found.items() if taken == number), None)
+            if twin:
+                where = f"{bus} bus {place.bus}, unit {place.unit}"
+                raise Refused(f"guest {name}: disk.{disk} and {twin.replace(f'{bus}-', 'disk.', 1)} are both {where}")
+            found[f"{bus}-{disk}"] = number
+    return found
 
 
 def _numbers(names: Iterable[str], old: Mapping[str, int], prefix: str) -> dict[str, int]:
@@ -219,7 +246,11 @@ def to_toml(name: str, identity: Identity) -> str:
     sections: tuple[tuple[str, str, Mapping[str, str | int]], ...] = (
         ("mac", "[nic.NAME] -> MAC address", identity.macs),
         ("pci", "device -> slot.function on the root bus, in hex", identity.slots),
-        ("unit", "drive -> port of its controller", identity.units),
+        (
+            "unit",
+            "drive -> place: port or unit; ide bus * 2 + unit, scsi bus * 256 + target",
+            identity.units,
+        ),
         ("serial", "[serial.NAME] -> number of the port: 0 is ttyS0", identity.serials),
     )
     for section, comment, values in sections:
@@ -241,8 +272,8 @@ def from_toml(name: str, text: str) -> Identity:
             machine=_matched("machine", data.get("machine"), _MACHINE),
             macs=_section(data, "mac", _MAC),
             slots=_section(data, "pci", _SLOT),
-            units=_counted(data, "unit"),
-            serials=_counted(data, "serial"),
+            units=_counted(data, "unit", MOST_UNITS),
+            serials=_counted(data, "serial", MOST_SERIALS),
         )
     except (ValueError, RecursionError) as error:
         raise ConfigInvalid(
@@ -273,9 +304,9 @@ def _section(data: Mapping[str, Any], section: str, pattern: re.Pattern[str]) ->
     return _frozen(found)
 
 
-def _counted(data: Mapping[str, Any], section: str) -> Mapping[str, int]:
+def _counted(data: Mapping[str, Any], section: str, most: int) -> Mapping[str, int]:
     found = _entries(data, section)
     for key, value in found.items():
-        if type(value) is not int or not 0 <= value < 256:
-            raise ValueError(f"{section}.{key}: {value!r} is not a number below 256")
+        if type(value) is not int or not 0 <= value < most:
+            raise ValueError(f"{section}.{key}: {value!r} is not a number below {most}")
     return _frozen(found)

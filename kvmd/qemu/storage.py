@@ -6,9 +6,11 @@ file is always given as none, so that no header can make QEMU open another file.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvmd.config import places
 from kvmd.config.devices import Disk
 from kvmd.config.guest import Guest
 from kvmd.errors import NotSupported, Refused
@@ -51,6 +53,20 @@ _ON_ERROR = {
 }
 
 
+_DRIVERS: Mapping[places.Bus, str] = {
+    "virtio": "virtio-blk-pci",
+    "scsi": "scsi-hd",
+    "ide": "ide-hd",
+    "sata": "ide-hd",
+    "nvme": "nvme",
+    "usb": "usb-storage",
+    "floppy": "floppy",
+    "sd": "sd-card",
+}
+_CONTROLLERS = {"scsi": "virtio-scsi-pci", "sata": "ich9-ahci", "usb": "qemu-xhci", "sdhci": "sdhci-pci"}
+_WITH_ERRORS = frozenset({"virtio", "scsi", "ide", "sata", "usb"})  # devices that take werror and rerror
+
+
 def node_name(disk: str) -> str:
     """The block node of [disk.NAME]: its NAME, or with a prefix where QEMU would not take it (a leading digit)."""
     return disk if disk[0].isalpha() else f"disk.{disk}"
@@ -67,6 +83,9 @@ def drives(
 ) -> Drives:
     """Arguments of all disks and CDs of a guest, in the order of the file. Raises Refused and NotSupported."""
     found = Drives()
+    found.args += _threads(name, guest, caps)
+    found.args += _controllers(name, guest, identity, caps)
+    found.args += _floppy_boot(guest, identity, boot)
     for key, disk in guest.disk.items():
         fact = images.get(key, ImageFact())
         device = f"disk-{key}"
@@ -149,29 +168,117 @@ def _device(
     identity: Identity,
     bootindex: int | None,
 ) -> dict[str, object]:
-    bus = defaults.disk_bus(disk, identity.machine)
-    driver = "virtio-blk-pci" if bus == "virtio" else "ide-cd"
-    device: dict[str, object] = {"driver": driver, "id": f"disk-{key}"}
-    if bus == "virtio":
+    bus = places.disk_bus(disk, identity.machine)
+    device: dict[str, object] = {"driver": _driver(disk, bus), "id": f"disk-{key}"}
+    if bus in defaults.PCI_DISKS:
         device |= {"bus": defaults.root_bus(identity.machine), "addr": identity.slots[f"disk-{key}"]}
     else:
-        device |= _port(name, key, bus, identity.units[f"{bus}-{key}"])
+        device |= _port(name, key, bus, identity)
     device["drive"] = node_name(key)
     if disk.serial is not None:
         device["serial"] = disk.serial
-    if bootindex is not None:
+    elif bus == "nvme":
+        device["serial"] = _nvme_serial(identity, key)
+    if bootindex is not None and bus != "floppy":
         device["bootindex"] = bootindex
-    if bus == "virtio":
+    if disk.media == "disk" and bus in _WITH_ERRORS:
         werror, rerror = _ON_ERROR[disk.on_error]
         device |= {"write-cache": "off" if cache in _WRITE_THROUGH else "on", "werror": werror, "rerror": rerror}
+    elif bus == "nvme":
+        device["write-cache"] = "off" if cache in _WRITE_THROUGH else "on"
+    for word, value in (
+        ("share-rw", disk.shared or None),
+        ("logical_block_size", disk.logical_block_size),
+        ("physical_block_size", disk.logical_block_size),
+        ("num-queues", disk.queues),
+        ("iothread", thread_id(disk.iothread) if disk.iothread and bus == "virtio" else None),
+    ):
+        if value is not None:
+            device[word] = value
     return device
 
 
-def _port(name: str, key: str, bus: defaults.Bus, number: int) -> dict[str, object]:
-    """A port of the board's own controller: AHCI has one unit a bus, IDE two."""
-    if number >= defaults.PORTS[bus]:
+def _driver(disk: Disk, bus: places.Bus) -> str:
+    if disk.media == "cdrom":
+        return "scsi-cd" if bus == "scsi" else "ide-cd"
+    return _DRIVERS[bus]
+
+
+def thread_id(thread: str) -> str:
+    """The object id of a named I/O thread."""
+    return f"iothread-{thread}"
+
+
+def _nvme_serial(identity: Identity, key: str) -> str:
+    """An NVMe drive must have one: made from who the guest is, the same at each start, 20 bytes as the standard has."""
+    return hashlib.sha256(f"{identity.uuid}/{key}".encode()).hexdigest()[:20]
+
+
+def _port(name: str, key: str, bus: places.Bus, identity: Identity) -> dict[str, object]:
+    """The place on a controller. A port too far is refused: the identity file keeps places of drives that are gone."""
+    place = places.Place.of(bus, identity.units[f"{bus}-{key}"])
+    if place.bus >= places.BUSES[bus]:
+        most = places.BUSES[bus] * places.UNITS[bus]
         raise Refused(
-            f"guest {name}: disk.{key} would be drive {number} of a board with {defaults.PORTS[bus]} {bus} ports",
-            hint="take a CD drive out, or take stale entries out of the identity file's [unit]",
+            f"guest {name}: disk.{key} would be drive {place.number(bus)} of {most} on {bus}",
+            hint="take a drive out, or take stale entries out of the identity file's [unit]",
         )
-    return {"bus": f"ide.{number}"} if bus == "sata" else {"bus": f"ide.{number // 2}", "unit": number % 2}
+    match bus:
+        case "ide":
+            return {"bus": f"ide.{place.bus}", "unit": place.unit}
+        case "sata":
+            return {"bus": f"{'ide' if places.is_q35(identity.machine) else 'sata'}.{place.bus}"}
+        case "scsi":
+            return {"bus": f"scsi{place.bus}.0", "scsi-id": place.unit, "lun": 0}
+        case "usb":
+            return {"bus": "usb.0", "port": str(place.bus + 1)}
+        case "floppy":
+            return {"unit": place.unit}
+        case _:
+            return {}
+
+
+def _controllers(name: str, guest: Guest, identity: Identity, caps: Capabilities) -> list[str]:
+    """What drives hang on beyond the board's own controllers."""
+    found: list[str] = []
+    for device in places.controllers(guest, identity.machine):
+        kind, key = device.rstrip("0123456789"), f"guest {name}: the {device} controller of its disks"
+        properties: dict[str, object] = {"bus": defaults.root_bus(identity.machine), "addr": identity.slots[device]}
+        if kind == "usb":
+            properties |= {"p2": places.BUSES["usb"], "p3": places.BUSES["usb"]}
+        thread = _scsi_thread(guest, identity, int(device[4:])) if kind == "scsi" else None
+        if thread:
+            properties["iothread"] = thread_id(thread)
+        found += device_args(caps, key, {"driver": _CONTROLLERS[kind], "id": device, **properties})
+    has_floppy = any(disk.interface == "floppy" for disk in guest.disk.values())
+    if has_floppy and places.is_q35(identity.machine):  # the pc board has one of its own
+        found += device_args(caps, f"guest {name}: floppy drives", {"driver": "isa-fdc", "id": "fdc"})
+    return found
+
+
+def _scsi_thread(guest: Guest, identity: Identity, bus: int) -> str | None:
+    """The I/O thread of a SCSI controller: that of its disks, which name one and the same (config/rules.py)."""
+    for key, disk in guest.disk.items():
+        number = identity.units.get(f"scsi-{key}")
+        if disk.interface == "scsi" and disk.iothread and number is not None and number // 256 == bus:
+            return disk.iothread
+    return None
+
+
+def _threads(name: str, guest: Guest, caps: Capabilities) -> list[str]:
+    threads = sorted({disk.iothread for disk in guest.disk.values() if disk.iothread})
+    if threads and "iothread" not in caps.object_types:
+        raise NotSupported(f"guest {name}: disk.iothread: this QEMU {caps.version_text} has no I/O threads")
+    return [
+        word for thread in threads for word in ("-object", to_json({"qom-type": "iothread", "id": thread_id(thread)}))
+    ]
+
+
+def _floppy_boot(guest: Guest, identity: Identity, boot: Mapping[str, int]) -> list[str]:
+    """Floppy drives have no boot index of their own: their controller has one for each."""
+    found: list[str] = []
+    for key, disk in guest.disk.items():
+        index = boot.get(f"disk-{key}")
+        if disk.interface == "floppy" and index is not None:
+            found += ["-global", f"isa-fdc.bootindex{'AB'[identity.units[f'floppy-{key}']]}={index}"]
+    return found

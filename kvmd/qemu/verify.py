@@ -117,10 +117,10 @@ def _disks(asked: Mapping[str, str | None], readonly: frozenset[str], reply: obj
 
 
 def _device(entry: Mapping[str, Any]) -> str:
-    """The device id behind a block backend: the QOM path of a virtio disk, the plain id of a CD drive."""
+    """The device id behind a block backend: in the QOM path of a virtio or USB disk, the plain id of others."""
     path = entry.get("qdev")
     text = path if isinstance(path, str) else ""
-    return text.removesuffix("/virtio-backend").rpartition("/")[2]
+    return text.removeprefix("/machine/peripheral/").partition("/")[0]
 
 
 def _unanswered(what: str, asked: object) -> Mismatch:

@@ -35,6 +35,8 @@ MODULES = (
     "pvpanic-pci",
     # The cloud kernel has no ahci: a cdrom is reached by virtio-scsi.
     "virtio_scsi",
+    "ata_piix",
+    "sd_mod",
     "sr_mod",
     "isofs",
 )

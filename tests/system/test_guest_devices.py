@@ -73,6 +73,73 @@ readonly = true
     assert not [warning for warning in host.show("a")["warnings"] if "asked for" in warning]
 
 
+def test_drives_of_every_interface_linux_can_see_here(host: KvmdHost, life: str) -> None:
+    """A SCSI disk and CD, an NVMe drive and a disk of 4096-byte sectors, each at its place, by QOM and in the guest."""
+    for name, mib in (("s", 3), ("n", 4), ("big", 5)):
+        (host.images / f"{name}.img").write_bytes(bytes(mib << 20))
+    (host.images / "cd.iso").write_bytes(bytes(2 << 20))
+    extra = "".join(
+        f'[disk.{name}]\nfile = "{host.images}/{file}"\nformat = "raw"\ncache = "writeback"\n{more}\n'
+        for name, file, more in (
+            ("s", "s.img", 'interface = "scsi"\nindex = 9\nserial = "in-scsi"\niothread = "io"'),
+            ("cd", "cd.iso", 'interface = "scsi"\nmedia = "cdrom"\nunit = 4'),
+            ("n", "n.img", 'interface = "nvme"\npci_address = "0a"\nserial = "in-nvme"'),
+            ("big", "big.img", "logical_block_size = 4096\nqueues = 1"),
+        )
+    )
+    host.guest("a", linux("a", size="224MiB", network=None, cmdline="kvmd.ip=none", extra=extra))
+    host.start()
+    host.call("guest.start", name="a")
+    with GuestConsole(host.run / "guests/a/serial-console.sock") as console:
+        console.wait_ready(90)
+        if life == "adopted":
+            host.restart()
+        hctl = console.check("ls /sys/class/scsi_device").output.split()
+        assert sorted(line.partition(":")[2] for line in hctl) == ["0:2:0", "0:4:0"]
+        blocks = console.check("for d in sda sr0 nvme0n1 vda; do cat /sys/block/$d/size; done").output.split()
+        assert blocks == [str(mib << 11) for mib in (3, 2, 4, 5)]
+        assert console.check("cat /sys/block/vda/queue/logical_block_size").output.strip() == "4096"
+        assert console.check("cat /sys/class/nvme/nvme0/serial").output.strip() == "in-nvme"
+        assert console.check("basename $(readlink -f /sys/class/nvme/nvme0/device)").output.strip() == "0000:00:0a.0"
+        for disk in ("sda", "nvme0n1", "vda"):
+            console.check(f"dd if=/dev/zero of=/dev/{disk} bs=4096 count=1 2>/dev/null")
+        assert console.run("dd if=/dev/zero of=/dev/sr0 bs=2048 count=1 2>/dev/null").status != 0
+    (thread,) = ask(host, "a", "query-iothreads")
+    assert thread["id"] == "iothread-io"
+    controller = ask(host, "a", "qom-get", path="/machine/peripheral/scsi1", property="iothread")
+    assert controller.endswith("/iothread-io")
+    assert not [warning for warning in host.show("a")["warnings"] if "asked for" in warning]
+
+
+def test_the_classic_ide_drives_of_a_pc_board(host: KvmdHost) -> None:
+    """-hda and -cdrom: bus 0 unit 0, and bus 1 unit 0, as the guest's own IDE driver finds them."""
+    (host.images / "hda.img").write_bytes(bytes(3 << 20))
+    (host.images / "cd.iso").write_bytes(bytes(2 << 20))
+    extra = f"""
+[disk.hda]
+file = "{host.images}/hda.img"
+format = "raw"
+interface = "ide"
+index = 0
+[disk.cdrom]
+file = "{host.images}/cd.iso"
+format = "raw"
+media = "cdrom"
+index = 2
+"""
+    text = linux("a", size="224MiB", network=None, cmdline="kvmd.ip=none", extra=extra)
+    host.guest("a", text.replace('accel = "tcg"', 'accel = "tcg"\ntype = "pc"'))
+    host.start()
+    host.call("guest.start", name="a")
+    with GuestConsole(host.run / "guests/a/serial-console.sock") as console:
+        console.wait_ready(90)
+        drives = console.check("for d in sda sr0; do readlink -f /sys/block/$d/device; done").output.split()
+    assert [drive.split("/")[-4] for drive in drives] == ["ata1", "ata2"]
+    assert [drive.rsplit("/", 1)[1].partition(":")[2] for drive in drives] == ["0:0:0", "0:0:0"]
+    blocks = {block["qdev"]: block["removable"] for block in ask(host, "a", "query-block")}
+    assert blocks == {"disk-hda": False, "disk-cdrom": True}
+
+
 def test_vnc_answers_on_its_unix_socket_to_root_alone(host: KvmdHost, life: str) -> None:
     host.guest("a", tiny(host, "a", extra='[display]\ntype = "vnc"\n'))
     host.start()

@@ -293,8 +293,11 @@ CASES = [
     ),
     (
         GUEST,
-        BASE + DISK + 'interface = "scsi"\n',
-        [':8: disk.root.interface: "scsi" is not supported yet (supported: "virtio")'],
+        BASE + DISK + 'interface = "mtd"\n',
+        [
+            ':8: disk.root.interface: "mtd" is not supported yet '
+            '(supported: "virtio", "scsi", "ide", "sata", "nvme", "usb", "floppy", "sd")'
+        ],
     ),
     (
         GUEST,

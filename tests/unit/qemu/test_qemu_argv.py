@@ -142,7 +142,7 @@ def test_boot_order_gives_indexes_to_what_it_names_only() -> None:
             {"disk": {f"c{i}": {"file": "/c", "format": "raw", "media": "cdrom"} for i in range(7)}},
             {},
             Refused,
-            "6 sata ports",
+            "drive 6 of 6 on sata",
         ),
     ],
 )
