@@ -96,12 +96,23 @@ def _places(guest: Guest) -> Iterator[Complaint]:
         if len(names) > most:
             text = f"{bus} has room for {most} drives, and this is number {most + 1}"
             yield Complaint(("disk", names[most], "interface"), text, 'interface = "virtio" or "scsi"', given=False)
-    threads = {(disk.bus or 0, disk.iothread): name for name, disk in guest.disk.items() if disk.interface == "scsi"}
-    for (controller, thread), name in threads.items():
-        rival = next((them for (at, which), them in threads.items() if at == controller and which != thread), None)
-        if rival and thread is not None:
-            text = f'"{thread}", but disk.{rival} on the same SCSI controller has another; a controller has one thread'
-            yield Complaint(("disk", name, "iothread"), text, "the same for all, or another bus for one of them")
+    yield from _threads(guest)
+
+
+def _threads(guest: Guest) -> Iterator[Complaint]:
+    """A SCSI controller works in one thread, which all its disks share."""
+    first: dict[int, tuple[str, str]] = {}
+    for name, disk in guest.disk.items():
+        if disk.interface != "scsi" or disk.iothread is None:
+            continue
+        try:
+            place = places.asked_place(disk, "scsi")
+        except ValueError:
+            continue  # said already
+        other, thread = first.setdefault(place.bus if place else 0, (name, disk.iothread))
+        if thread != disk.iothread:
+            text = f'"{disk.iothread}", but disk.{other} on the same SCSI controller has "{thread}"'
+            yield Complaint(("disk", name, "iothread"), text, "the same for both, or another bus for one of them")
 
 
 def _disks_together(guest: Guest) -> Iterator[Complaint]:

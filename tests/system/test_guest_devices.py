@@ -94,13 +94,13 @@ def test_drives_of_every_interface_linux_can_see_here(host: KvmdHost, life: str)
         console.wait_ready(90)
         if life == "adopted":
             host.restart()
-        hctl = console.check("ls /sys/class/scsi_device").output.split()
+        hctl = console.check("ls /sys/class/scsi_device").split()
         assert sorted(line.partition(":")[2] for line in hctl) == ["0:2:0", "0:4:0"]
-        blocks = console.check("for d in sda sr0 nvme0n1 vda; do cat /sys/block/$d/size; done").output.split()
+        blocks = console.check("for d in sda sr0 nvme0n1 vda; do cat /sys/block/$d/size; done").split()
         assert blocks == [str(mib << 11) for mib in (3, 2, 4, 5)]
-        assert console.check("cat /sys/block/vda/queue/logical_block_size").output.strip() == "4096"
-        assert console.check("cat /sys/class/nvme/nvme0/serial").output.strip() == "in-nvme"
-        assert console.check("basename $(readlink -f /sys/class/nvme/nvme0/device)").output.strip() == "0000:00:0a.0"
+        assert console.check("cat /sys/block/vda/queue/logical_block_size").strip() == "4096"
+        assert console.check("cat /sys/class/nvme/nvme0/serial").strip() == "in-nvme"
+        assert console.check("basename $(readlink -f /sys/class/nvme/nvme0/device)").strip() == "0000:00:0a.0"
         for disk in ("sda", "nvme0n1", "vda"):
             console.check(f"dd if=/dev/zero of=/dev/{disk} bs=4096 count=1 2>/dev/null")
         assert console.run("dd if=/dev/zero of=/dev/sr0 bs=2048 count=1 2>/dev/null").status != 0
@@ -133,7 +133,7 @@ index = 2
     host.call("guest.start", name="a")
     with GuestConsole(host.run / "guests/a/serial-console.sock") as console:
         console.wait_ready(90)
-        drives = console.check("for d in sda sr0; do readlink -f /sys/block/$d/device; done").output.split()
+        drives = console.check("for d in sda sr0; do readlink -f /sys/block/$d/device; done").split()
     assert [drive.split("/")[-4] for drive in drives] == ["ata1", "ata2"]
     assert [drive.rsplit("/", 1)[1].partition(":")[2] for drive in drives] == ["0:0:0", "0:0:0"]
     blocks = {block["qdev"]: block["removable"] for block in ask(host, "a", "query-block")}

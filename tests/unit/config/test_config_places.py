@@ -119,7 +119,7 @@ IDE = {"interface": "ide"}
         (
             {"a": {"interface": "scsi", "iothread": "x"}, "b": {"interface": "scsi", "iothread": "y"}},
             "q35",
-            ['"y", but disk.a on the same SCSI controller has another', '"x", but disk.b on the same SCSI'],
+            ['disk.b.iothread: "y", but disk.a on the same SCSI controller has "x"'],
         ),
         (
             {"a": {"interface": "scsi", "iothread": "x"}, "b": {"interface": "scsi", "iothread": "y", "bus": 1}},
