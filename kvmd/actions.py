@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from kvmd.facts import VlanRange
+from kvmd.units import Size
 
 
 class Disruption(StrEnum):
@@ -58,8 +59,75 @@ class SetHugepages(Action):
     compact: bool = True  # memory may be compacted once when the first write falls short
 
     def line(self) -> str:
-        size = f"{self.page_bytes >> 20}MiB" if self.page_bytes < 1 << 30 else f"{self.page_bytes >> 30}GiB"
-        return f"~ hugepages {size} node {self.node}: {self.old} -> {self.new} pages"
+        return f"~ hugepages {Size(self.page_bytes)} node {self.node}: {self.old} -> {self.new} pages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountHugetlbfs(Action):
+    """Mount a private hugetlbfs there (the directory is made if missing); one of ours goes first, files stay open."""
+
+    path: str
+    page_bytes: int
+    limit_bytes: int
+    change: str = "mount"
+    kind: str = "directory"  # what is there: MemoryPath.kind
+
+    def line(self) -> str:
+        what = f"hugetlbfs {self.path}: {Size(self.page_bytes)} pages, at most {Size(self.limit_bytes)}"
+        return f"+ {what}" if self.change == "mount" else f"~ {what} ({self.change})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnmountHugetlbfs(Action):
+    """Unmount a hugetlbfs of ours; files that are open there stay with who has them."""
+
+    path: str
+    remove: bool = False  # the directory too: kvmd made it
+
+    def line(self) -> str:
+        return f"- hugetlbfs {self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureSwapFile(Action):
+    """Make the file (no holes, mode 0600, kvmd's label in its signature) where it is missing, and swap to it."""
+
+    path: str
+    size_bytes: int
+
+    def line(self) -> str:
+        return f"+ swap file {self.path}: {Size(self.size_bytes)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveSwapFile(Action):
+    """Bring back what our file holds, stop swapping to it and remove it."""
+
+    path: str
+
+    def line(self) -> str:
+        return f"- swap file {self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureZram(Action):
+    """Add a zram device of that size and swap to it before all else."""
+
+    size_bytes: int
+    number: int | None = None  # of a device of ours that is set up and not in use; None: a new one
+
+    def line(self) -> str:
+        return f"+ swap zram: {Size(self.size_bytes)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveZram(Action):
+    """Bring back what our zram device holds, stop swapping to it and remove it."""
+
+    number: int
+
+    def line(self) -> str:
+        return f"- swap zram{self.number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,18 +308,10 @@ class EnableGuest(Action):
         return f"{'+' if self.on else '-'} guest {self.guest}: start with the host"
 
 
-HostAction = (
-    WriteKnob
-    | SetHugepages
-    | EnsureBridge
-    | SetPortVlans
-    | RemoveBridge
-    | ReplaceRuleset
-    | StartDnsmasq
-    | StopDnsmasq
-    | LoadModule
-    | UnloadModule
-)
+SwapAction = EnsureSwapFile | RemoveSwapFile | EnsureZram | RemoveZram
+MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | SwapAction
+NetworkAction = EnsureBridge | SetPortVlans | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
+HostAction = MemoryAction | NetworkAction | LoadModule | UnloadModule
 GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 

@@ -89,6 +89,52 @@ class VlanRange:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPath:
+    """What lies where a guest's memory.path wants a hugetlbfs, or where kvmd mounted one."""
+
+    path: str
+    kind: str = "absent"  # or "directory", "file"
+    is_empty: bool = True  # a directory with nothing in it
+    page_bytes: int | None = None  # of the hugetlbfs that is mounted there
+    limit_bytes: int | None = None  # its size= option
+    ours: bool = False  # kvmd mounted it
+
+
+@dataclass(frozen=True, slots=True)
+class SwapArea:
+    """One line of /proc/swaps (proc(5))."""
+
+    path: str
+    size_bytes: int  # without the page of its signature
+    used_bytes: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFile:
+    """What lies at a path that host.toml names for swap, or where kvmd made a swap file before."""
+
+    path: str
+    size_bytes: int | None = None  # None: nothing is there
+    ours: bool = False  # its signature carries kvmd's label
+    free_bytes: int | None = None  # of the file system it is or would be on; None: no such directory
+
+
+@dataclass(frozen=True, slots=True)
+class Zram:
+    """One compressed block device in RAM (Documentation/admin-guide/blockdev/zram.rst)."""
+
+    number: int
+    size_bytes: int  # 0: not set up
+    ours: bool = False  # its swap signature carries kvmd's label
+
+    @property
+    def path(self) -> str:
+        """Its device node, as /proc/swaps has it."""
+        return f"/dev/zram{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """One network interface of the namespace kvmd runs in."""
 
@@ -238,6 +284,10 @@ class Facts:
     kernel: str = ""  # release of the running kernel
     modules: Mapping[str, Module] = field(default_factory=lambda: EMPTY)  # by the name that was asked for
     nodes: frozenset[str] = frozenset()  # device nodes that are there, of those some module makes
+    memory_paths: tuple[MemoryPath, ...] = ()
+    swaps: tuple[SwapArea, ...] | None = ()  # None: a kernel without swap
+    swap_files: tuple[SwapFile, ...] = ()
+    zrams: tuple[Zram, ...] | None = ()  # None: a kernel without zram, or its module is not loaded
     links: tuple[Link, ...] = ()
     vlan_filtering: bool | None = None  # whether bridges can; None: not known before there is one
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6

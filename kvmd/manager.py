@@ -19,6 +19,7 @@ from kvmd.actions import (
     PinGuest,
     RemoveBridge,
     RestartGuest,
+    SetHugepages,
     StartGuest,
     StopGuest,
     WriteDropIn,
@@ -32,7 +33,7 @@ from kvmd.errors import Conflict, KvmdError, PartlyFailed, Refused
 from kvmd.facts import Facts
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.roster import Roster
-from kvmd.plan.host import Plan, plan
+from kvmd.plan.host import Plan, plan, plan_pools
 from kvmd.plan.release import plan_release
 from kvmd.plan.yielding import Yielded
 from kvmd.units import CpuSet
@@ -60,6 +61,8 @@ class Manager:
         self._observer = observer
         self._applier = applier
         self._pass = asyncio.Lock()
+        self._providing = asyncio.Lock()
+        self.services.provide = self._provide_pages
         self.prepared: Callable[[], None] = lambda: None  # a pass has prepared the host and goes on to start guests
 
     # ---- observe, plan, apply -----------------------------------------------------------------------------------
@@ -89,15 +92,19 @@ class Manager:
         return self._plan(await self.observe(), prune=prune, retake=retake)
 
     def _plan(self, facts: Facts, *, prune: bool, retake: bool) -> Plan:
-        pools = [entry for entry in facts.journal if entry.kind == EffectKind.HUGEPAGES]
         return plan(
             self.services.loaded.desired,
             facts,
             macs=self.services.macs(),
-            originals={_pool_key(entry.subject): int(entry.original) for entry in pools},
+            originals=self._original_pools(facts.boot_id),
             prune=prune,
             retake=retake,
         )
+
+    def _original_pools(self, boot_id: str) -> dict[tuple[int, int], int]:
+        """Pages of (node, page size) before kvmd first changed them in this boot."""
+        pools = (entry for entry in self.services.store.journalled(boot_id) if entry.kind == EffectKind.HUGEPAGES)
+        return {_pool_key(entry.subject): int(entry.original) for entry in pools}
 
     async def apply(self, allow: frozenset[Disruption], actor: str, *, prune: bool = False) -> Report:
         """Load, plan and do what `allow` permits, tuning knobs of others included. A failed action stops no other."""
@@ -171,6 +178,24 @@ class Manager:
         """Pins of guests that were there before: those that came may have taken CPUs for themselves alone."""
         pins = [action for action in (await self.plan()).actions if isinstance(action, PinGuest)]
         return [await self._do(action, actor) for action in pins]
+
+    async def _provide_pages(self) -> str | None:
+        """Grow automatic pools to what the files need, for a start that finds too few pages; why that failed, if so.
+
+        Part of a start, which may itself be part of a pass: it waits for no pass, and only adds.
+        """
+        async with self._providing:
+            tree, desired = self.services.tree, self.services.loaded.desired
+            facts = Facts(
+                boot_id=tree.boot_id(),
+                memory=tree.observe_memory(),
+                hugepages=tree.observe_hugepages(),
+                guests=self.guests.all_running(),
+            )
+            actions, _ = plan_pools(desired, facts, self._original_pools(facts.boot_id))
+            growing = (a for a in actions if isinstance(a, SetHugepages) and a.new > a.old)
+            outcomes = [await self._do(action, "kvmd") for action in growing]
+        return next((outcome.error for outcome in outcomes if outcome.error), None)
 
     async def _start_all(self, starts: list[StartGuest], actor: str) -> list[Outcome]:
         """A few at a time, each after those its `start.after` names."""

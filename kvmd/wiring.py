@@ -13,7 +13,7 @@ from kvmd.effects.apply import HostApplier
 from kvmd.effects.sensors import KSM, HostSensors
 from kvmd.errors import QemuFailed
 from kvmd.guest.lifecycle import ALIVE
-from kvmd.guest.services import started_memory
+from kvmd.guest.services import started_memory, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager
 from kvmd.plan.ksm import rate_wish
@@ -80,7 +80,7 @@ class GuestMemory:
             state=status.life.state.value,
             booted_s=max(0.0, self._manager.services.now() - begun),
             balloon=status.balloon_bytes is not None,
-            hugepages=memory.get("backing") == "hugepages",
+            hugepages=run is not None and started_pages(run) is not None,
             locked=bool(memory.get("lock")),
             pid=status.process.pid if status.process else None,
         )

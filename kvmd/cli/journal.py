@@ -38,6 +38,12 @@ def _line(key: str, original: str, new: str) -> str:
             return f"~ hugepages {int(page_bytes) >> 20}MiB node {node}: {new} -> {original} pages"
         case "bridge":
             return f"- bridge {subject}"
+        case "hugetlbfs":
+            return f"- hugetlbfs {subject}"
+        case "swapfile":
+            return f"- swap file {subject}"
+        case "zram":
+            return f"- swap zram{new}"
         case "ruleset":
             return f"- nft table {subject}"
         case "dnsmasq":

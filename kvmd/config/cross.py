@@ -19,6 +19,7 @@ from kvmd.config.guest import Guest
 from kvmd.config.lines import KeyPath
 from kvmd.config.network import Network, bridge_name, makes_bridge, overlap
 from kvmd.config.network_rules import Address, address_fault, unserved
+from kvmd.units import Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,19 @@ class Guests:
     known_guests: frozenset[str]
     _claims: dict[tuple[str, object], tuple[str, _Claim]] = field(default_factory=dict)
     _after: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _memory_paths: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # of what pages it is, by whom
 
     def refuse(self, name: str, guest: Guest) -> list[Complaint]:
         """Why it cannot be beside those admitted; empty if it can."""
-        return [*self._clashes(guest), *self._networks_of(guest), *self._order(name, guest)]
+        return [*self._clashes(guest), *self._memory_path(guest), *self._networks_of(guest), *self._order(name, guest)]
 
     def admit(self, name: str, guest: Guest) -> None:
         """Counts its claims from now on."""
         for claim in _claims(guest):
             self._claims.setdefault((claim.what, claim.value), (name, claim))
+        memory = guest.memory
+        if memory.path is not None:
+            self._memory_paths.setdefault(posixpath.normpath(memory.path), (name, memory.hugepage_size))
         self._after[name] = guest.start.after
 
     def _clashes(self, guest: Guest) -> Iterator[Complaint]:
@@ -113,6 +118,15 @@ class Guests:
                 shown = claim.value[1] if isinstance(claim.value, tuple) else claim.value
                 where = f"guests.d/{holder[0]}.toml ({'.'.join(holder[1].path)})"
                 yield Complaint(claim.path, f"{claim.what} {shown} belongs to {where}")
+
+    def _memory_path(self, guest: Guest) -> Iterator[Complaint]:
+        """One path is one file system: a hugetlbfs of one page size, or none."""
+        memory = guest.memory
+        holder = self._memory_paths.get(posixpath.normpath(memory.path)) if memory.path else None
+        if holder is not None and holder[1] != memory.hugepage_size:
+            shown = Size(holder[1]) if holder[1] else "no hugepages"
+            text = f'"{memory.path}" is of {shown} in guests.d/{holder[0]}.toml (memory.path)'
+            yield Complaint(("memory", "path"), text, "choose another directory")
 
     def _networks_of(self, guest: Guest) -> Iterator[Complaint]:
         for name, nic in guest.nic.items():

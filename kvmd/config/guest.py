@@ -239,7 +239,11 @@ class Balloon(Table):
     """[memory.balloon]"""
 
     enabled: bool | None = key(
-        None, "Absent: on, but not with hugepages.", mark="!", classic="-balloon", default_text="on without hugepages"
+        None,
+        "Absent: on, but not with hugepages or memory.lock.",
+        mark="!",
+        classic="-balloon",
+        default_text="on without hugepages and lock",
     )
     free_page_reporting: bool = key(
         False, "The guest tells which pages it does not use.", mark="!", needs="virtio-balloon free-page-reporting"
@@ -255,16 +259,27 @@ class Memory(Table):
     size: PositiveSize = key(..., "What the guest has.", mark="!", unit="bytes", classic="-m")
     max_size: None = later("size", "Room for memory hot-plug.", mark="!", classic="-m maxmem=")
     slots: None = later("number", "Slots for memory hot-plug.", mark="!", classic="-m slots=")
-    backing: Literal["anonymous", "memfd", "hugepages"] = key(
-        "anonymous", "Where the memory comes from.", mark="!", classic="-mem-path", later_values=("file",)
+    backing: Literal["anonymous", "memfd", "hugepages", "file"] = key(
+        "anonymous", "Where the memory comes from.", mark="!", classic="-mem-path"
     )
     page_size: PositiveSize | None = key(
-        None, 'With backing = "hugepages".', mark="!", unit="bytes", example='"2MiB"', default_text="2MiB"
+        None,
+        'With backing = "hugepages"; with "file": memory.path is a hugetlbfs of such pages.',
+        mark="!",
+        unit="bytes",
+        example='"2MiB"',
+        default_text="2MiB with hugepages",
     )
     fallback: Literal["none", "thp"] = key(
         "none", "Too few hugepages: refuse to start, or use transparent ones and say so.", mark="!"
     )
-    path: None = later("absolute path", 'With backing = "file".', mark="!", classic="-mem-path")
+    path: Path | None = key(
+        None,
+        'With backing = "file": a directory (hugetlbfs, tmpfs or any) for a file without a name, or a file.',
+        mark="!",
+        classic="-mem-path",
+        example='"/dev/hugepages"',
+    )
     prealloc: bool | None = key(
         None,
         "Take all memory at start. Absent: with hugepages.",
@@ -272,12 +287,21 @@ class Memory(Table):
         classic="-mem-prealloc",
         default_text="true with hugepages",
     )
-    lock: Literal[False] = key(
-        False, "Keep all memory in RAM.", mark="!", classic="-overcommit mem-lock=", later_values=(True,)
+    lock: bool = key(
+        False, "Keep all memory in RAM: never swapped, never ballooned.", mark="!", classic="-overcommit mem-lock="
     )
     share: bool = key(False, "Other processes may map it.", mark="!", classic="share=")
-    nodes: None = later("CPU set", "NUMA nodes the memory stays on.", mark="!", classic="-numa")
-    policy: None = later("text", "NUMA policy.", mark="!", classic="-numa")
+    nodes: CpuSetT | None = key(
+        None, "NUMA nodes of the host the memory comes from.", mark="!", classic="numactl --membind", example='"0"'
+    )
+    policy: Literal["bind", "preferred", "interleave"] | None = key(
+        None,
+        "With memory.nodes: only from them, rather from them, or page by page from each.",
+        mark="!",
+        classic="numactl",
+        example='"bind"',
+        default_text="bind",
+    )
     numa: None = later("list", "Virtual NUMA nodes.", mark="!", classic="-numa")
     ksm_group: TableName | None = key(
         None, "Trust group whose guests may share equal pages; absent: never.", mark="~", example='"web"'
@@ -288,20 +312,20 @@ class Memory(Table):
 
     @property
     def hugepage_size(self) -> Size | None:
-        """Bytes of a page with backing = "hugepages" (2 MiB unless page_size says more), else None."""
-        if self.backing != "hugepages":
+        """Bytes of a hugepage where memory is in them (2 MiB unless page_size says more), else None."""
+        if self.backing not in ("hugepages", "file"):
             return None
-        return self.page_size or DEFAULT_PAGE_SIZE
+        return self.page_size or (DEFAULT_PAGE_SIZE if self.backing == "hugepages" else None)
 
     @property
     def preallocated(self) -> bool:
         """Whether all memory is taken at start."""
-        return self.backing == "hugepages" if self.prealloc is None else self.prealloc
+        return self.hugepage_size is not None if self.prealloc is None else self.prealloc
 
     @property
     def ballooned(self) -> bool:
         """Whether the guest gets a balloon device."""
-        return self.backing != "hugepages" if self.balloon.enabled is None else self.balloon.enabled
+        return not (self.hugepage_size or self.lock) if self.balloon.enabled is None else self.balloon.enabled
 
 
 class Boot(Table):

@@ -16,7 +16,9 @@ from kvmd.config.scalars import (
     Interface,
     ModuleName,
     Number,
+    Path,
     PercentT,
+    PositiveSize,
     QemuWord,
     SizeT,
     Swappiness,
@@ -132,6 +134,12 @@ class Thp(Table):
     defrag: Literal["keep", "always", "defer", "defer+madvise", "madvise", "never"] = key(
         "keep", "What an allocation does to get one.", mark="~"
     )
+    khugepaged_defrag: bool | None = key(
+        None, "Whether khugepaged compacts memory for them.", mark="~", example="true", default_text="as it is"
+    )
+    shmem_enabled: Literal["keep", "always", "within_size", "advise", "never", "deny", "force"] = key(
+        "keep", 'The same for shared memory: guests with backing = "memfd".', mark="~"
+    )
 
 
 class Ksm(Table):
@@ -145,19 +153,45 @@ class Ksm(Table):
     scan_target: DurationT = key(
         Duration(200), "The kernel's advisor: time of one full scan.", mark="~", example='"200s"'
     )
+    sleep: DurationT = key(
+        Duration(0.02), "Pause of the scanner between two batches.", mark="~", classic="sleep_millisecs"
+    )
+    smart_scan: bool | None = key(
+        None, "Skip pages that did not merge before (kernel 6.7).", mark="~", example="true", default_text="as it is"
+    )
+    use_zero_pages: bool | None = key(
+        None, "Empty pages become the kernel's zero page.", mark="~", example="true", default_text="as it is"
+    )
+    max_page_sharing: int | None = key(
+        None,
+        "So many may share one page; changed only while nothing is merged.",
+        mark="~",
+        ge=2,
+        le=1 << 20,
+        example="256",
+        default_text="as it is",
+    )
+    min_pages: int | None = key(
+        None, "The kernel's advisor: least pages a batch.", mark="~", ge=1, le=1 << 30, default_text="as it is"
+    )
+    max_pages: int | None = key(
+        None, "The kernel's advisor: most pages a batch.", mark="~", ge=1, le=1 << 30, default_text="as it is"
+    )
 
 
 class SwapFile(Table):
     """[swap.file]"""
 
-    path: None = later("absolute path", "Swap file to make and use.")
-    size: None = later("size", "Of the swap file.")
+    path: Path = key("/var/lib/kvmd/swap", "Swap file kvmd makes, uses and removes; never one that is there.", mark="~")
+    size: PositiveSize = key(..., "Of the swap file.", mark="~", unit="bytes", example='"32GiB"')
 
 
 class SwapZram(Table):
     """[swap.zram]"""
 
-    size: None = later("size", "Compressed swap in RAM.")
+    size: PositiveSize = key(
+        ..., "What may be swapped into it, before compression.", mark="~", unit="bytes", example='"4GiB"'
+    )
 
 
 class Swap(Table):

@@ -13,17 +13,20 @@ from kvmd.config.diskrules import disk_rules
 from kvmd.config.faults import Complaint, twice
 from kvmd.config.guest import Guest
 from kvmd.config.host import PAGE_SIZES, Host
-from kvmd.units import MAX_CPU, Size
+from kvmd.units import MAX_CPU, Duration, Size
 
 _MIB = 1 << 20
 # What QEMU needs beside the guest's memory, as admission counts it: 256 MiB + 1/256.
 _OVERHEAD = 256 * _MIB
+_MIN_KSM_SLEEP, _MAX_KSM_SLEEP = Duration(0.001), Duration(60)
+_PRIVATE_TMP = ("/tmp/", "/var/tmp/")  # PrivateTmp= of kvmd.service
 
 
 def guest_rules(guest: Guest) -> Iterator[Complaint]:
     """All that is wrong in one guest's file."""
     yield from _cpu(guest)
     yield from _memory(guest)
+    yield from _backing(guest)
     yield from _hugepages(guest)
     yield from _boot(guest)
     yield from _start(guest)
@@ -88,12 +91,43 @@ def _memory(guest: Guest) -> Iterator[Complaint]:
         yield Complaint(("limits", "memory_max"), text, severity="warning")
 
 
+def _backing(guest: Guest) -> Iterator[Complaint]:
+    memory = guest.memory
+    if memory.backing == "file" and memory.path is None:
+        text = '"file" needs memory.path'
+        yield Complaint(("memory", "backing"), text, 'a directory, for example path = "/dev/shm"')
+    if memory.path is not None and memory.backing != "file":
+        yield Complaint(("memory", "path"), f'only with backing = "file"; it is "{memory.backing}"')
+    if memory.policy is not None and memory.nodes is None:
+        yield Complaint(("memory", "policy"), "only with memory.nodes", 'for example nodes = "0"')
+    if memory.ksm_group is not None and (memory.share or memory.backing in ("memfd", "file")):
+        text = "has no effect: the kernel merges no shared memory"
+        yield Complaint(("memory", "ksm_group"), text, 'backing = "anonymous"', severity="warning")
+    if memory.lock:
+        yield from _locked(guest)
+
+
+def _locked(guest: Guest) -> Iterator[Complaint]:
+    memory, hint = guest.memory, "leave the key out, or memory.lock"
+    if memory.balloon.enabled:
+        yield Complaint(("memory", "balloon", "enabled"), "locked memory is never ballooned", hint)
+    if memory.guaranteed is not None and not memory.hugepage_size:
+        yield Complaint(("memory", "guaranteed"), "locked memory is never ballooned", hint)
+    if memory.ksm_group is not None and not memory.hugepage_size:
+        text = "a merged page needs memory when it is written to, and locked memory must not wait for any"
+        yield Complaint(("memory", "ksm_group"), text, hint)
+
+
 def _hugepages(guest: Guest) -> Iterator[Complaint]:
     memory, page = guest.memory, guest.memory.hugepage_size
     if page is None:
-        for key, given in (("page_size", memory.page_size is not None), ("fallback", memory.fallback == "thp")):
-            if given:
-                yield Complaint(("memory", key), f'only with backing = "hugepages"; it is "{memory.backing}"')
+        if memory.page_size is not None:
+            text = f'only with backing = "hugepages" or "file"; it is "{memory.backing}"'
+            yield Complaint(("memory", "page_size"), text)
+        if memory.fallback == "thp":
+            text = "only with hugepages; memory.page_size says which" if memory.backing == "file" else ""
+            text = text or f'only with backing = "hugepages"; it is "{memory.backing}"'
+            yield Complaint(("memory", "fallback"), text)
         return
     if page not in PAGE_SIZES.values():
         yield Complaint(("memory", "page_size"), f'"{page}" is no size of page any host has', '"2MiB" or "1GiB"')
@@ -190,6 +224,28 @@ def host_rules(host: Host) -> Iterator[Complaint]:
             yield Complaint(("hugepages", size, "spare"), text, severity="warning")
         if pool.spare % PAGE_SIZES[size]:
             yield Complaint(("hugepages", size, "spare"), f'"{pool.spare}" is not a whole number of {size} pages')
+    yield from _merging(host)
+    yield from _swap(host)
+
+
+def _merging(host: Host) -> Iterator[Complaint]:
+    ksm = host.ksm
+    least, most = ksm.min_pages, ksm.max_pages
+    if least is not None and most is not None and least > most:
+        yield Complaint(("ksm", "min_pages"), f"{least} is more than ksm.max_pages = {most}")
+    if not _MIN_KSM_SLEEP <= ksm.sleep <= _MAX_KSM_SLEEP:
+        text = f'"{ksm.sleep}" is outside {_MIN_KSM_SLEEP} to {_MAX_KSM_SLEEP}'
+        yield Complaint(("ksm", "sleep"), text, '"20ms" is the kernel\'s default')
+
+
+def _swap(host: Host) -> Iterator[Complaint]:
+    for key, wish in (("file", host.swap.file), ("zram", host.swap.zram)):
+        if wish is not None and wish.size % _MIB:
+            yield Complaint(("swap", key, "size"), f'"{wish.size}" is not a whole number of MiB')
+    file = host.swap.file
+    if file is not None and file.path.startswith(_PRIVATE_TMP):
+        text = f'"{file.path}" lies where kvmd.service has a directory of its own that goes with it'
+        yield Complaint(("swap", "file", "path"), text, 'for example "/var/lib/kvmd/swap"', severity="warning")
 
 
 def daemon_rules(daemon: Daemon) -> Iterator[Complaint]:

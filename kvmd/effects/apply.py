@@ -13,22 +13,29 @@ from typing import assert_never
 
 from kvmd.actions import (
     EnsureBridge,
+    EnsureSwapFile,
+    EnsureZram,
     HostAction,
     LoadModule,
+    MountHugetlbfs,
     RemoveBridge,
+    RemoveSwapFile,
+    RemoveZram,
     ReplaceRuleset,
     SetHugepages,
     SetPortVlans,
     StartDnsmasq,
     StopDnsmasq,
     UnloadModule,
+    UnmountHugetlbfs,
     WriteKnob,
 )
-from kvmd.effects import modules, nft, records
+from kvmd.effects import hugetlbfs, modules, nft, records, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
+from kvmd.errors import HostFailed
 from kvmd.facts import TunedKnob
 
 ABSENT = ""  # the original of something that was not there
@@ -69,6 +76,23 @@ class HostApplier:
                 self._journal(key, str(action.old), str(action.new), action.why)
                 resize = partial(self._tree.set_hugepages, compact=action.compact)
                 await asyncio.to_thread(resize, action.node, action.page_bytes, action.new)
+            case MountHugetlbfs():
+                self._journal(records.hugetlbfs_key(action.path), action.kind, str(action.page_bytes), action.why)
+                await asyncio.to_thread(hugetlbfs.mount, action.path, action.page_bytes, action.limit_bytes)
+            case UnmountHugetlbfs():
+                await asyncio.to_thread(hugetlbfs.unmount, action.path, remove=action.remove)
+                self._store.forget(records.hugetlbfs_key(action.path))
+            case EnsureSwapFile():
+                self._journal(records.swap_file_key(action.path), ABSENT, str(action.size_bytes), action.why)
+                await asyncio.to_thread(swap.ensure_file, self._tree, action.path, action.size_bytes)
+            case RemoveSwapFile():
+                await asyncio.to_thread(swap.remove_file, self._tree, action.path)
+                self._store.forget(records.swap_file_key(action.path))
+            case EnsureZram():
+                await self._start_zram(action)
+            case RemoveZram():
+                await asyncio.to_thread(swap.remove_zram, self._tree, action.number)
+                self._store.forget(records.zram_key())
             case EnsureBridge():
                 if action.change == "create":
                     self._journal(records.bridge_key(action.bridge), ABSENT, action.network, action.why)
@@ -97,6 +121,35 @@ class HostApplier:
                 self._store.forget(records.module_key(action.name))
             case _:
                 assert_never(action)
+
+    async def _start_zram(self, action: EnsureZram) -> None:
+        """The journal has which devices there were before, then the number of ours: a kvmd killed between the two
+        takes up a device that was added since and that nobody has set up."""
+        key = records.zram_key()
+        number = action.number if action.number is not None else self._added_zram()
+        if number is None:
+            there = ",".join(str(zram.number) for zram in swap.observe_zrams(self._tree) or ())
+            self._journal(key, there, "", action.why)
+            number = swap.add_zram()
+        self._journal(key, "", str(number), action.why)
+        try:
+            await asyncio.to_thread(swap.start_zram, self._tree, number, action.size_bytes)
+        except HostFailed:
+            await asyncio.to_thread(swap.discard_zram, self._tree, number)
+            self._store.forget(key)
+            raise
+
+    def _added_zram(self) -> int | None:
+        """A device that an earlier kvmd added and did not come to use."""
+        entry = next((e for e in self._store.journalled(self._boot_id) if e.key == records.zram_key()), None)
+        if entry is None:
+            return None
+        before = {int(number) for number in entry.original.split(",") if number}
+        zrams = swap.observe_zrams(self._tree) or ()
+        areas = {area.path for area in swap.observe_swaps(self._tree, [zram.path for zram in zrams]) or ()}
+        unused = [zram for zram in zrams if zram.path not in areas]
+        mine = (z.number for z in unused if str(z.number) == entry.new or not (z.size_bytes or z.number in before))
+        return next(mine, None)
 
     def _journal(self, key: str, original: str, new: str, why: str) -> None:
         if self._journalling:

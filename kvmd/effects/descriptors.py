@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from kvmd.config.guest import Guest
-from kvmd.effects import files, images
+from kvmd.effects import files, images, ramfile
 from kvmd.effects.handover import listen_private
 from kvmd.effects.laststart import described
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import HostFailed
 from kvmd.facts import VlanRange
-from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenTap, OpenVhostNet
+from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenMemory, OpenTap, OpenVhostNet
 from kvmd.qemu.storage import ImageFact
 
 
@@ -58,6 +58,8 @@ class Opener:
     log_dir: Path
     roots: Sequence[Path]
     netlink: Netlink
+    uid: int = 0  # whom files belong to that QEMU opens once more
+    gid: int = 0
     _images: dict[str, int] = field(default_factory=dict)
 
     def open_images(self, guest: Guest) -> Mapping[str, ImageFact]:
@@ -99,6 +101,11 @@ class Opener:
                     return []  # came with the first queue
                 fds = await self._tap(taps[request.nic], request.queues)
                 return [(request.fd + queue, fd) for queue, fd in enumerate(fds)]
+            case OpenMemory():
+                opened = await asyncio.to_thread(
+                    ramfile.open_ram, request.path, request.size_bytes, request.page_bytes, self.uid, self.gid
+                )
+                return [(request.fd, opened)]
             case OpenVhostNet():
                 return [(request.fd, _device("/dev/vhost-net"))]
             case ListenUnix():

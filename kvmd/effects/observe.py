@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvmd.config.desired import Desired
-from kvmd.effects import listeners, modules, nft
+from kvmd.effects import hugetlbfs, listeners, modules, nft, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import Facts, JournalEntry
+from kvmd.plan import hugetlbfs as hugetlbfs_plan
 from kvmd.plan import modules as module_plan
 from kvmd.plan import network
 from kvmd.plan.ksm import KNOBS
@@ -32,6 +33,12 @@ class HostObserver:
         no file asks for them any more. HostFailed."""
         knobs = {*KNOBS, *network.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
         names = {*module_plan.wanted(desired), *(e.subject for e in journal if e.kind == EffectKind.MODULE)}
+        swap_paths = {e.subject for e in journal if e.kind == EffectKind.SWAP_FILE}
+        if desired.host.swap.file:
+            swap_paths.add(desired.host.swap.file.path)
+        mounts = {e.subject: e.original for e in journal if e.kind == EffectKind.HUGETLBFS}
+        memory_paths = mounts.keys() | hugetlbfs_plan.wanted(desired.guests).keys()
+        zrams = swap.observe_zrams(self.tree)
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
         filtering = any(net.network.vlan_filtering for net in desired.networks.values())
         links = await self.netlink.observe_links(vlans=filtering) if with_networks else ()
@@ -44,6 +51,10 @@ class HostObserver:
             kernel=self.tree.kernel(),
             modules=modules.observe(self.tree, names),
             nodes=modules.observe_nodes(self.tree, module_plan.NODES.values()) if names else frozenset(),
+            memory_paths=hugetlbfs.observe(self.tree, memory_paths),
+            swaps=swap.observe_swaps(self.tree, (*sorted(swap_paths), *(zram.path for zram in zrams or ()))),
+            swap_files=tuple(swap.observe_file(self.tree, path) for path in sorted(swap_paths)),
+            zrams=zrams,
             links=links,
             vlan_filtering=await self.netlink.can_filter_vlans(links) if filtering else None,
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),

@@ -57,6 +57,11 @@ def foreign_qemu_bytes(tree: Tree, known_pids: frozenset[int]) -> int:
     return sum(found.rss_bytes for pid in strangers if (found := _qemu(tree, pid)))
 
 
+def locked_bytes(tree: Tree, pid: int) -> int:
+    """VmLck of a process: what it has locked into RAM (proc(5)); hugetlb pages are not in it."""
+    return _status_bytes(tree, pid, "VmLck")
+
+
 def _pids(tree: Tree) -> Iterator[int]:
     yield from sorted(int(name) for name in tree.names("/proc") if name.isascii() and name.isdigit())
 
@@ -100,9 +105,13 @@ def _name_of(value: str) -> str:
 
 
 def _rss_bytes(tree: Tree, pid: int) -> int:
+    return _status_bytes(tree, pid, "VmRSS")
+
+
+def _status_bytes(tree: Tree, pid: int, wanted: str) -> int:
     for line in (tree.read(f"/proc/{pid}/status") or "").splitlines():
         key, _, value = line.partition(":")
         amount = value.split()
-        if key == "VmRSS" and amount and amount[0].isdigit():
+        if key == wanted and amount and amount[0].isdigit():
             return int(amount[0]) * 1024
     return 0

@@ -119,6 +119,22 @@ def limit_core(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
 
 
+def allow_locking(guest: str, pid: int) -> None:
+    """Let a launcher's QEMU lock all of its memory (mlockall(2)); what it may come to need cannot be known. HostFailed.
+
+    A unit has the same from its drop-in; there it is in force already.
+    """
+    try:
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except ProcessLookupError:
+        return
+    except OSError as error:
+        raise HostFailed(
+            f"guest {guest}: cannot raise RLIMIT_MEMLOCK for memory.lock: {error.strerror}",
+            hint="kvmd needs CAP_SYS_RESOURCE",
+        ) from None
+
+
 def last_words(log: Path) -> str:
     """The last line a QEMU wrote, without control characters; empty when it wrote none."""
     try:

@@ -23,6 +23,12 @@ class EffectKind(StrEnum):
     RULESET = "ruleset"
     DNSMASQ = "dnsmasq"
     MODULE = "module"
+    HUGETLBFS = "hugetlbfs"
+    SWAP_FILE = "swapfile"
+    ZRAM = "zram"
+
+
+OUTLIVE_BOOT = (EffectKind.SWAP_FILE,)  # what a reboot does not undo
 
 
 def knob_key(path: str) -> str:
@@ -53,6 +59,21 @@ def dnsmasq_key(network: str) -> str:
 def module_key(name: str) -> str:
     """Journal key of a kernel module kvmd loaded."""
     return f"{EffectKind.MODULE}:{name}"
+
+
+def hugetlbfs_key(path: str) -> str:
+    """Journal key of a hugetlbfs kvmd mounted; its original is what was at the path."""
+    return f"{EffectKind.HUGETLBFS}:{path}"
+
+
+def swap_file_key(path: str) -> str:
+    """Journal key of a swap file kvmd made."""
+    return f"{EffectKind.SWAP_FILE}:{path}"
+
+
+def zram_key() -> str:
+    """Journal key of kvmd's zram device. Its number is the entry's `new` as soon as there is one."""
+    return f"{EffectKind.ZRAM}:swap"
 
 
 @dataclass(frozen=True, slots=True)

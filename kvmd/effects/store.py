@@ -22,7 +22,7 @@ from typing import Any
 
 from kvmd.effects.database import Corrupt, NewerSchema, Schema, copy_to, open_database, primary_code, set_aside
 from kvmd.effects.database import transaction as _transaction
-from kvmd.effects.records import GuestEnd, GuestRun, Hold, Wanted, WantedState
+from kvmd.effects.records import OUTLIVE_BOOT, GuestEnd, GuestRun, Hold, Wanted, WantedState
 from kvmd.errors import Conflict, HostFailed, Refused
 from kvmd.facts import JournalEntry, Process, TunedKnob
 
@@ -191,9 +191,14 @@ class Store:
             db.execute("DELETE FROM tuned WHERE ? = 'knob:' || path", (effect_key,))
 
     def drop_other_boots(self, boot_id: str) -> int:
-        """Forget the effects of earlier boots, which the reboot undid; returns how many there were."""
+        """Forget the effects of earlier boots, which the reboot undid; returns how many there were.
+
+        What outlives a reboot (a file) counts as of this one from now on.
+        """
         with self._write("the new boot") as db:
             db.execute("DELETE FROM tuned WHERE boot_id <> ?", (boot_id,))
+            for kind in OUTLIVE_BOOT:
+                db.execute("UPDATE journal SET boot_id = ? WHERE key LIKE ?", (boot_id, f"{kind}:%"))
             return int(db.execute("DELETE FROM journal WHERE boot_id <> ?", (boot_id,)).rowcount)
 
     def set_tuned(self, knob: TunedKnob, boot_id: str) -> None:

@@ -16,7 +16,7 @@ from kvmd.config.guest import Guest
 from kvmd.effects import birthmark
 from kvmd.effects.handover import Asking, Spec
 from kvmd.effects.laststart import LastStart
-from kvmd.effects.process import Watched, spawn_launcher
+from kvmd.effects.process import Watched, allow_locking, spawn_launcher
 from kvmd.effects.records import GuestRun
 from kvmd.errors import Conflict, HostFailed, TimedOut
 from kvmd.guest.services import Decided, Services
@@ -95,6 +95,8 @@ class Birth:
             process = self._spawned or self._watch(asking)
             if not self._spawned:
                 record = self.services.record_process(decided.run, process)
+            if decided.guest.memory.lock:
+                allow_locking(self.name, process.process.pid)
             spec = Spec(decided.run.uid, self.services.qemu_gid or decided.run.uid, self.services.qemu_groups, argv)
             asking.hand_over(spec, descriptors.pairs)
         self._spawned = None
@@ -109,6 +111,10 @@ class Birth:
             config=record.config_text,
         )
         return Newborn(process, record, launch, last)
+
+    def has_memory(self) -> None:
+        """QEMU answers, so it has all its pages: what is free now is free."""
+        self.services.pages.settle(self.name)
 
     def _spawn(self) -> Watched:
         output = self.services.open_qemu_log(self.name)
@@ -156,6 +162,7 @@ class Birth:
         """End the attempt: a launcher that came too late is refused, one that waits for us is killed."""
         if self._spawned:
             self._spawned.kill()
+        self.services.pages.settle(self.name)
         asking, self._asking = self._asking, None
         if asking and asking.done() and not asking.cancelled():
             asking.result().refuse("the start failed")
@@ -167,5 +174,6 @@ def _greeting_timeout_s(guest: Guest) -> float:
     """How long QEMU may take to answer: it touches all preallocated memory before it does."""
     if isinstance(guest.start.timeout, float):
         return guest.start.timeout
-    gib = guest.memory.size / (1 << 30) if guest.memory.preallocated else 0.0
+    touched = guest.memory.preallocated or guest.memory.lock
+    gib = guest.memory.size / (1 << 30) if touched else 0.0
     return GREETING_BASE_S + PREALLOC_S_PER_GIB * gib

@@ -23,7 +23,7 @@ from kvmd.facts import CpuTopology, Facts, GuestLife, RunningGuest
 from kvmd.guest import strays
 from kvmd.guest.lifecycle import ALIVE, Cause, State
 from kvmd.guest.pending import pending_changes
-from kvmd.guest.services import Services, started_memory, started_nodes
+from kvmd.guest.services import Services, started_memory, started_nodes, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.plan import cpus
 from kvmd.plan.host import admit
@@ -304,7 +304,6 @@ class Roster:
         if record is None or found is None or supervisor.state not in ALIVE:
             return None
         memory = started_memory(record)
-        page = memory.get("page_size") or (2 << 20)
         vcpus = supervisor.vcpu_threads
         if workers is None:
             workers = threads.kernel_workers(self.services.tree) if vcpus else {}
@@ -313,7 +312,7 @@ class Roster:
             uuid=record.uuid,
             process=found,
             memory_bytes=int(memory.get("size", 0)),
-            page_bytes=int(page) if memory.get("backing") == "hugepages" else None,
+            page_bytes=started_pages(record),
             vcpu_threads=vcpus,
             affinity=tuple(str(threads.affinity(tid)) for tid in vcpus),
             others=threads.observe_others(found.pid, vcpus, workers) if vcpus else (),

@@ -17,16 +17,16 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvmd.config.desired import Desired, Loaded
-from kvmd.config.guest import Guest, Limits
+from kvmd.config.guest import DEFAULT_PAGE_SIZE, Guest, Limits
 from kvmd.config.network import bridge_name
-from kvmd.effects import birthmark, files, logs, process, threads
+from kvmd.effects import birthmark, files, logs, proc, process, threads
 from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
 from kvmd.effects.handover import runs_as_unit
 from kvmd.effects.laststart import LastStart
@@ -39,6 +39,7 @@ from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import Process
+from kvmd.guest.pages import PageBook
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
 from kvmd.plan.links import tap_name
@@ -48,9 +49,15 @@ from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
-from kvmd.units import CpuSet
+from kvmd.units import CpuSet, Size
 
 _log = logging.getLogger(__name__)
+
+
+async def _nothing_provided() -> str | None:
+    return None
+
+
 Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
 
 
@@ -89,6 +96,8 @@ class Services:
     publish: Publish
     admit: Callable[[str], None] = lambda _name: None  # the manager's: raises Refused
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
+    provide: Callable[[], Awaitable[str | None]] = _nothing_provided  # the manager's: grows automatic pools
+    pages: PageBook = field(default_factory=PageBook)
     settled: asyncio.Event = field(
         default_factory=asyncio.Event
     )  # all adopted guests' CPUs are known: starts may place
@@ -222,9 +231,12 @@ class Services:
             log_dir=self.paths.guest_log(name),
             roots=[Path(root) for root in (*daemon.storage.roots, daemon.storage.images)],
             netlink=self.netlink,
+            uid=run.uid,
+            gid=self.qemu_gid or run.uid,
         )
-        nodes, warnings = self._memory_nodes(decided)
         try:
+            beside = self._nodes_beside(decided)
+            backing = await self.pages.back(name, guest, beside, self.tree.observe_hugepages, self.provide)
             launch = argv.build(
                 name,
                 guest,
@@ -234,15 +246,16 @@ class Services:
                 run_dir=str(self.paths.guest_run(name)),
                 images=opener.open_images(guest),
                 mtus={nic: tap.mtu for nic, tap in self._taps(name, decided).items()},
-                hugepages=self._pages_there(guest),
-                memory_nodes=nodes,
+                hugepages=backing.hugepages,
+                memory_nodes=backing.nodes,
                 vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
                 sandbox=daemon.qemu.sandbox,
             )
             files.ensure_dir(opener.log_dir, 0o750)
             files.ensure_dir(opener.run_dir, 0o711)
             files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
-            launch = replace(launch, warnings=(*warnings, *launch.warnings))
+            warnings = (decided.warning, *backing.warnings, *launch.warnings)
+            launch = replace(launch, warnings=tuple(warning for warning in warnings if warning))
             return launch, await opener.open_all(launch.opens, self._taps(name, decided))
         except BaseException:
             opener.close()
@@ -265,25 +278,12 @@ class Services:
             )
         return taps
 
-    def _memory_nodes(self, decided: Decided) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Host nodes the guest's memory belongs on, beside its vCPUs (() on a host with one node); warnings."""
-        warnings = (decided.warning,) if decided.warning else ()
+    def _nodes_beside(self, decided: Decided) -> tuple[int, ...]:
+        """Nodes with memory beside the guest's vCPUs; () on a host with one node, or where its file names others."""
         has = {node for node, total in self.tree.observe_memory().node_total_bytes.items() if total}
-        nodes = tuple(node for node in decided.placement.nodes if node in has) if decided.placement else ()
-        if not nodes or len(has) < 2:
-            return (), warnings
-        page, size = decided.guest.memory.hugepage_size, decided.guest.memory.size
-        pools = [pool for pool in self.tree.observe_hugepages() if pool.page_bytes == page and pool.node in nodes]
-        if page and sum(pool.free for pool in pools) * page < size:
-            shown = ", ".join(f"{pool.free} on node {pool.node}" for pool in pools)
-            return (), (f"its hugepages are not all beside its vCPUs: {shown}, {-(-size // page)} needed", *warnings)
-        return nodes, warnings
-
-    def _pages_there(self, guest: Guest) -> bool:
-        """Whether the pools have the guest's pages now; True for a guest that wants none."""
-        page = guest.memory.hugepage_size
-        free = sum(pool.free for pool in self.tree.observe_hugepages() if pool.page_bytes == page) if page else 0
-        return page is None or free * page >= guest.memory.size
+        if decided.placement is None or decided.guest.memory.nodes or len(has) < 2:
+            return ()
+        return tuple(node for node in decided.placement.nodes if node in has)
 
     def open_qemu_log(self, name: str) -> int:
         """The file that takes QEMU's stdout and stderr."""
@@ -322,6 +322,10 @@ class Services:
         process.limit_core(pid)
         placement = self.place(name)
         guest = self.guest(name)
+        if guest and guest.memory.lock and not guest.memory.hugepage_size:
+            locked = proc.locked_bytes(self.tree, pid)
+            if locked < guest.memory.size:
+                warnings += (f"memory.lock: only {Size(locked).human()} of {guest.memory.size} are locked (VmLck)",)
         if self.units is None and guest and guest.limits != Limits():
             warnings += ("limits.* are kept by systemd; this kvmd runs without it and keeps none",)
         if placement:
@@ -455,6 +459,19 @@ def started_config(run: GuestRun) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def started_pages(run: GuestRun) -> int | None:
+    """Bytes of a hugepage of the running QEMU's memory; None when it has none, whatever its file asks for.
+
+    A guest whose pages were missing runs without (memory.fallback): its command line says which it is.
+    """
+    memory = started_memory(run)
+    backend = next((word for word in run.argv if word.startswith('{"qom-type":"memory-backend')), None)
+    if memory.get("backing") not in ("hugepages", "file") or (backend and '"memory-backend-ram"' in backend):
+        return None
+    page = memory.get("page_size") or (DEFAULT_PAGE_SIZE if memory["backing"] == "hugepages" else None)
+    return int(page) if page else None
 
 
 def started_memory(run: GuestRun) -> Mapping[str, Any]:

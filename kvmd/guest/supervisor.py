@@ -322,6 +322,7 @@ class Supervisor:
                 run.process.kill()
             self.status = replace(self.status, process=run.process.process)
             await self._open_monitor(run, birth.greeting_timeout_s)
+            birth.has_memory()
             await self._finish()
         except KvmdError as error:
             self._fail(error)

@@ -13,7 +13,7 @@ from kvmd.actions import Action, AnyAction, Disruption, Problem, RemoveBridge, R
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
-from kvmd.plan import admission, cpus, guests, hugepages, ksm, modules, network, units
+from kvmd.plan import admission, cpus, guests, hugepages, hugetlbfs, ksm, modules, network, swap, units
 from kvmd.plan.yielding import Yielded, give_way
 
 
@@ -46,13 +46,12 @@ def plan(
     `retake`: a person wants the files obeyed, also where someone else turned a tuning knob.
     """
     host = desired.host
-    reserve = admission.reserve_bytes(host.memory.reserve, facts.memory.total_bytes)
     parts = (
         ksm.plan_ksm(host, facts),
-        hugepages.plan_hugepages(
-            host.hugepages, page_needs(desired.guests), facts, reserve=reserve, originals=originals
-        ),
         modules.plan_modules(desired, facts),
+        swap.plan_swap(host, facts),
+        plan_pools(desired, facts, originals),
+        hugetlbfs.plan_hugetlbfs(desired.guests, facts),
         network.plan_network(desired.networks, desired.guests, macs, facts),
         cpus.plan_pins(desired.guests, host, facts),
     )
@@ -82,15 +81,33 @@ def _turn(action: Action) -> int:
             return 1
 
 
+def plan_pools(
+    desired: Desired, facts: Facts, originals: Mapping[tuple[int, int], int]
+) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
+    """The hugepage pools alone; of `facts` it needs memory, hugepages and running guests."""
+    host = desired.host
+    reserve = admission.reserve_bytes(host.memory.reserve, facts.memory.total_bytes)
+    needs = page_needs(desired.guests)
+    return hugepages.plan_hugepages(host.hugepages, needs, facts, reserve=reserve, originals=originals)
+
+
 def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:
     """Hugepages of every declared guest that is backed by them."""
-    needs = {}
-    for name, guest in declared.items():
-        page = guest.memory.hugepage_size
-        if page:
-            pages = -(-guest.memory.size // page)
-            needs[name] = hugepages.PageNeed(page, pages, fallback=guest.memory.fallback == "thp")
-    return needs
+    return {name: need for name, guest in declared.items() if (need := page_need(guest))}
+
+
+def page_need(guest: Guest) -> hugepages.PageNeed | None:
+    """The hugepages of one guest; None when it wants none."""
+    memory, page = guest.memory, guest.memory.hugepage_size
+    if page is None:
+        return None
+    return hugepages.PageNeed(
+        page,
+        -(-memory.size // page),
+        nodes=tuple(sorted(memory.nodes or guest.cpu.nodes or ())),
+        policy=(memory.policy or "bind") if memory.nodes else "preferred",  # beside its vCPUs, if that can be
+        fallback=memory.fallback == "thp",
+    )
 
 
 def candidate(name: str, guest: Guest) -> admission.Candidate:
@@ -98,7 +115,8 @@ def candidate(name: str, guest: Guest) -> admission.Candidate:
     return admission.Candidate(
         name,
         guest.memory.size,
-        in_hugepages=guest.memory.backing == "hugepages",
+        in_hugepages=guest.memory.hugepage_size is not None,
+        locked=guest.memory.lock,
         guaranteed_bytes=guest.memory.guaranteed or 0,
     )
 

@@ -8,12 +8,12 @@ someone's. A size that host.toml does not mention is left alone, and a guest tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmd.actions import Action, Problem, SetHugepages
 from kvmd.config.host import HugepagePoolConfig
 from kvmd.facts import EMPTY, Facts, HugepagePool
-from kvmd.units import Size
+from kvmd.units import CpuSet, Size
 
 GIGANTIC = 1 << 30
 NODE_TOTALS_TRUSTED = 0.9  # of MemTotal: with late memory initialisation the nodes' own totals lag far behind
@@ -27,8 +27,14 @@ class PageNeed:
 
     page_bytes: int
     pages: int
-    node: int | None = None  # where its memory is bound; None: wherever pages are
+    nodes: tuple[int, ...] = ()  # memory.nodes; (): wherever pages are
+    policy: str = "bind"  # only from them; "preferred": rather from them; "interleave": as many from each
     fallback: bool = False  # memory.fallback = "thp": it may start without
+
+    @property
+    def bound(self) -> tuple[int, ...]:
+        """The nodes its pages must be on; () when others would do."""
+        return self.nodes if self.policy == "bind" else ()
 
 
 def plan_hugepages(
@@ -159,10 +165,10 @@ class _SizePlan:
         # the running first: what they lack is for their next start with a larger size
         for name, need in sorted(self.needs.items(), key=lambda item: (item[0] not in self.running, item[0])):
             missing = need.pages - self.running.get(name, 0)
-            if missing > 0 and not self._place(missing, need.node, name, budget):
+            if missing > 0 and not self._place(replace(need, pages=missing), name, budget):
                 self.short[name] = f"the host cannot keep so many: {budget.sum()}"
         spare = _pages(spare_bytes, self.page_bytes)
-        if spare and not self._place(spare, None, "spare", budget):
+        if spare and not self._place(PageNeed(self.page_bytes, spare), "spare", budget):
             self.problems.append(
                 Problem(
                     subject=f"hugepages {Size(self.page_bytes)}",
@@ -175,22 +181,25 @@ class _SizePlan:
             self._because(node, floor - self.target[node], "there before kvmd")
             self.target[node] = max(self.target[node], floor)
 
-    def _place(self, pages: int, node: int | None, what: str, budget: _Budget) -> bool:
-        """Put pages on the node, or on the best one, or over several; False and nothing done when there is no room.
+    def _place(self, need: PageNeed, what: str, budget: _Budget) -> bool:
+        """Put pages on the nodes asked for, or the best one, or several; False and nothing done when there is no room.
 
         Best: where they are already, else where most room is. Pages below the floor cost nothing, they exist.
         """
         own = {n: max(0, self.floor[n] - self.target[n]) for n in self.pools}
-        rooms = {n: own[n] + budget.room(n, self.page_bytes) for n in self.pools if node in (None, n)}
-        order = sorted(rooms, key=lambda n: (own[n] < pages, -rooms[n], n))
-        parts: dict[int, int] = {}
+        rooms = {n: own[n] + budget.room(n, self.page_bytes) for n in self.pools if n in need.bound or not need.bound}
+        order = sorted(rooms, key=lambda n: (n not in need.nodes, own[n] < need.pages, -rooms[n], n))
+        parts = dict.fromkeys(rooms, 0)
         host = max(0, budget.host // self.page_bytes)
-        for n in order:
-            new = min(max(0, pages - own[n]), rooms[n] - own[n], host)
-            parts[n] = min(pages, own[n]) + new
-            pages -= parts[n]
+        left = need.pages
+        for n, most in (*_even(need, rooms), *((n, need.pages) for n in order)):
+            free = max(0, own[n] - parts[n])
+            new = min(max(0, min(most, left) - free), rooms[n] - max(own[n], parts[n]), host)
+            part = min(most, left, free) + new
+            parts[n] += part
+            left -= part
             host -= new
-        if pages > 0:
+        if left > 0:
             return False
         for n, part in parts.items():
             self.target[n] += part
@@ -275,8 +284,8 @@ class _SizePlan:
         """One problem for each guest whose pages will not be there, in the order in which guests would take them."""
         free = {node: self.target[node] - _held(pool) for node, pool in self.pools.items()}
         asking = [item for item in self.needs.items() if item[0] not in self.running]
-        for name, need in sorted(asking, key=lambda item: (item[1].node is None, item[0])):
-            nodes = sorted(free, key=lambda n: -free[n]) if need.node is None else [need.node] * (need.node in free)
+        for name, need in sorted(asking, key=lambda item: (not item[1].bound, item[0])):
+            nodes = [n for n in sorted(free, key=lambda n: -free[n]) if n in need.bound or not need.bound]
             there = sum(free[n] for n in nodes)
             if there < need.pages or name in self.short:
                 yield self._unmet_by(name, need, there)
@@ -288,7 +297,7 @@ class _SizePlan:
                 pages -= part
 
     def _unmet_by(self, name: str, need: PageNeed, there: int) -> Problem:
-        where = "" if need.node is None else f" on node {need.node}"
+        where = f" on node {CpuSet(need.bound)}" if need.bound else ""
         size = Size(self.page_bytes)
         message = (
             f"{name} wants {need.pages} pages of {size} ({_human(need.pages * self.page_bytes)}){where}, "
@@ -339,6 +348,12 @@ def _no_such_size(page_bytes: int, present: Iterable[int], needs: Mapping[str, P
 
 def _is_auto(wish: HugepagePoolConfig | None) -> bool:
     return wish is not None and isinstance(wish.pages, str)
+
+
+def _even(need: PageNeed, rooms: Mapping[int, int]) -> Iterable[tuple[int, int]]:
+    """What each node gives first when pages are taken in turn from all of them."""
+    nodes = [n for n in need.nodes if n in rooms] if need.policy == "interleave" else []
+    return [(n, need.pages // len(nodes) + (i < need.pages % len(nodes))) for i, n in enumerate(nodes)]
 
 
 def _held(pool: HugepagePool) -> int:

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from kvmd.actions import (
     HostAction,
     RemoveBridge,
+    RemoveSwapFile,
+    RemoveZram,
     ReplaceRuleset,
     SetHugepages,
     StopDnsmasq,
     UnloadModule,
+    UnmountHugetlbfs,
     WriteKnob,
 )
 from kvmd.facts import Facts
+from kvmd.plan import swap
 from kvmd.plan.nfttable import PORTS
 
 WHY = "kvmd lets go of the host"
@@ -54,10 +58,22 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
             pool = next((p for p in facts.hugepages if (p.node, p.page_bytes) == (node, page_bytes)), None)
             if pool is None or pool.total == int(original):
                 return Undo(key, None)
-            target = max(int(original), pool.used)
-            kept = f"{pool.used} pages are in use" if target > int(original) else None
+            held = pool.used + pool.reserved
+            target = max(int(original), held)
+            kept = f"{held} pages are in use" if target > int(original) else None
             action = SetHugepages(node=node, page_bytes=page_bytes, old=pool.total, new=target, why=WHY)
             return Undo(key, action, kept=kept)
+        case "hugetlbfs":
+            mounted = any(path.path == subject and path.ours for path in facts.memory_paths)
+            return Undo(key, UnmountHugetlbfs(path=subject, remove=original == "absent", why=WHY) if mounted else None)
+        case "swapfile":
+            file = next((file for file in facts.swap_files if file.path == subject and file.ours), None)
+            return _unswap(key, subject, RemoveSwapFile(path=subject, why=WHY) if file else None, facts)
+        case "zram":
+            zram = next((zram for zram in facts.zrams or () if str(zram.number) == new), None)
+            if zram is None or (zram.size_bytes and not zram.ours):
+                return Undo(key, None)
+            return _unswap(key, zram.path, RemoveZram(number=zram.number, why=WHY), facts)
         case "bridge":
             return Undo(key, RemoveBridge(bridge=subject, why=WHY))
         case "ruleset":
@@ -80,3 +96,9 @@ def _module(key: str, name: str, facts: Facts) -> Undo:
     if found.users:
         return Undo(key, None, kept=f"module {name} stays: it is in use ({found.users} times)")
     return Undo(key, UnloadModule(name=name, why=WHY))
+
+
+def _unswap(key: str, path: str, action: HostAction | None, facts: Facts) -> Undo:
+    """No longer swap to `path`; it stays while RAM has no room for what it holds."""
+    stays = swap.no_room(path, facts)
+    return Undo(key, None, kept=f"{path}: {stays}") if stays else Undo(key, action)

@@ -90,6 +90,8 @@ def _service_lines(guest: Guest) -> Iterator[tuple[str, str]]:
             user_nic,
             "PrivateNetwork=no\nIPAddressDeny=\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
         )
+    if guest.memory.lock:
+        yield "memory.lock", "LimitMEMLOCK=infinity\n"
     if guest.memory.guaranteed:
         yield "memory.guaranteed", f"MemoryLow={int(guest.memory.guaranteed)}\n"
     limits = guest.limits

@@ -53,8 +53,10 @@ def build(
         raise Refused(f"guest {name}: {topology.vcpus} vCPUs, {machine} takes {caps.machines[machine].cpu_max}")
     boot = {device: index for index, device in enumerate(defaults.boot_order(name, guest), 1)}
     threads = prealloc_threads or topology.vcpus
-    memory_args, warnings = memory.memory(name, guest, caps, hugepages=hugepages, nodes=memory_nodes, threads=threads)
     fds = FdTable()
+    memory_args, warnings = memory.memory(
+        name, guest, caps, fds, hugepages=hugepages, nodes=memory_nodes, threads=threads
+    )
     monitors = devices.monitors(fds)
     serials = devices.serials(name, guest, identity, caps, fds)
     drives = storage.drives(name, guest, identity, caps, fds, images, boot)

@@ -82,7 +82,11 @@ def _memory(guest: Guest) -> Iterator[Line]:
         yield Line("memory.prealloc", str(memory.preallocated).lower(), reason)
     if memory.balloon.enabled is None:
         reason = "hugepages taken from a guest would give the host nothing" if page else "without it no memory can move"
+        if memory.lock and not page:
+            reason = "locked memory is never given back"
         yield Line("memory.balloon.enabled", str(memory.ballooned).lower(), reason)
+    if memory.nodes and memory.policy is None:
+        yield Line("memory.policy", "bind", "memory.nodes are the only ones it comes from")
     if memory.ksm_group is None:
         yield Line("memory.ksm_group", "none", "pages are never merged with another guest's unless a group is named")
 

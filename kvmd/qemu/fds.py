@@ -70,7 +70,20 @@ class Memfd:
     purpose: str  # "kernel", "initrd"
 
 
-FdRequest = OpenImage | OpenTap | OpenVhostNet | ListenUnix | OpenLog | Memfd
+@dataclass(frozen=True, slots=True)
+class OpenMemory:
+    """The guest's memory as a file: without a name in the directory `path`, or the file `path`; of exactly this size.
+
+    QEMU opens it once more as /proc/self/fd/N, so it belongs to the guest's uid.
+    """
+
+    fd: int
+    path: str
+    size_bytes: int
+    page_bytes: int | None  # of the hugetlbfs it must be on; None: it must not be on one
+
+
+FdRequest = OpenMemory | OpenImage | OpenTap | OpenVhostNet | ListenUnix | OpenLog | Memfd
 
 
 @dataclass(frozen=True, slots=True)

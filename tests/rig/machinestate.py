@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmd.effects import swap
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import HugepagePool
 from kvmd.plan.ksm import KNOBS
@@ -36,17 +37,25 @@ def machine_lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The machine's hugepage pools and memory knobs."""
+    """The machine's hugepage pools, memory knobs and swap."""
 
     pools: tuple[HugepagePool, ...]
     knobs: Mapping[str, str]
+    swaps: frozenset[str] = frozenset()  # what is swapped to
+    zrams: frozenset[int] = frozenset()
 
     @classmethod
     def observe(cls) -> Memory:
         """As they are now."""
         tree = HostTree()
         knobs = tree.observe_knobs([knob for knob in KNOBS if not knob.endswith(_COUNTERS)])
-        return cls(tree.observe_hugepages(), dict(knobs))
+        zrams = swap.observe_zrams(tree) or ()
+        return cls(
+            tree.observe_hugepages(),
+            dict(knobs),
+            swaps=frozenset(area.path for area in swap.observe_swaps(tree, [zram.path for zram in zrams]) or ()),
+            zrams=frozenset(zram.number for zram in zrams),
+        )
 
     def pages(self, page_bytes: int = 2 << 20) -> int:
         """Pages of that size on all nodes."""
@@ -58,6 +67,12 @@ class Memory:
         for pool in self.pools:
             if pool not in now.pools:
                 tree.set_hugepages(pool.node, pool.page_bytes, pool.total - pool.surplus)
+        for path in sorted(now.swaps - self.swaps):
+            if swap.observe_file(tree, path).ours:
+                swap.remove_file(tree, path)
+        for zram in swap.observe_zrams(tree) or ():
+            if zram.number not in self.zrams and zram.ours:
+                swap.remove_zram(tree, zram.number)
         # the advisor first: it owns pages_to_scan and resets it
         for path in sorted(self.knobs, key=lambda path: not path.endswith("advisor_mode")):
             if tree.observe_knobs([path])[path] != self.knobs[path]:

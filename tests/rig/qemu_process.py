@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvmd.qemu.fds import FdRequest, Launch, ListenUnix, Memfd, OpenImage, OpenLog, OpenTap, OpenVhostNet
+from kvmd.effects.ramfile import open_ram
+from kvmd.qemu.fds import FdRequest, Launch, ListenUnix, Memfd, OpenImage, OpenLog, OpenMemory, OpenTap, OpenVhostNet
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
 ANSWER_TIMEOUT_S = 30.0
@@ -28,6 +29,7 @@ class RealQemu:
         self.directory = directory
         self.launch = launch
         self._taps = taps or {}
+        self.uid = uid
         opened = {request.fd: self._open(request) for request in launch.opens}
         self.stderr = (directory / "stderr").open("w+b")
         self.process = subprocess.Popen(
@@ -63,6 +65,8 @@ class RealQemu:
                 return fd
             case OpenTap(nic=nic, queue=queue):
                 return os.dup(self._taps[nic][queue])
+            case OpenMemory(path=path, size_bytes=size, page_bytes=page):
+                return open_ram(path, size, page, self.uid or 0, self.uid or 0)
             case OpenVhostNet():
                 return os.open("/dev/vhost-net", os.O_RDWR)
 

@@ -24,7 +24,7 @@ from kvmd.errors import QemuFailed
 from kvmd.qemu.argv import build
 from kvmd.qemu.caps import Capabilities, Kvm, choose_accel
 from kvmd.qemu.events import BalloonMoved, Panicked, Shutdown, event_time, translate
-from kvmd.qemu.fds import FdRequest, Launch, Memfd, OpenImage, OpenTap
+from kvmd.qemu.fds import FdRequest, Launch, Memfd, OpenImage, OpenMemory, OpenTap
 from kvmd.qemu.identity import allot
 from kvmd.qemu.verify import check_running, queries
 from tests.rig import golden_argv
@@ -111,6 +111,8 @@ def prepared(launch: Launch, images: Path) -> Launch:
                 path = images / purpose
                 path.write_bytes(next(KERNEL.glob("vmlinuz-*")).read_bytes() if purpose == "kernel" else b"")
                 opens.append(replace(request, path=str(path)))
+            case OpenMemory():
+                opens.append(replace(request, path=str(images)))
             case _:
                 opens.append(request)
     return replace(launch, opens=tuple(opens))

@@ -208,7 +208,7 @@ CASES = [
     (
         GUEST,
         '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\npage_size = "2MiB"\n',
-        [':5: memory.page_size: only with backing = "hugepages"; it is "anonymous"'],
+        [':5: memory.page_size: only with backing = "hugepages" or "file"; it is "anonymous"'],
     ),
     (
         GUEST,
@@ -223,12 +223,22 @@ CASES = [
     (
         GUEST,
         '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\nbacking = "file"\n',
-        [':5: memory.backing: "file" is not supported yet (supported: "anonymous", "memfd", "hugepages")'],
+        [':5: memory.backing: "file" needs memory.path (a directory, for example path = "/dev/shm")'],
     ),
     (
         GUEST,
-        '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\nlock = true\n',
-        [":5: memory.lock: true is not supported yet"],
+        '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\nlock = true\nguaranteed = "1GiB"\n',
+        [":6: memory.guaranteed: locked memory is never ballooned (leave the key out, or memory.lock)"],
+    ),
+    (
+        GUEST,
+        '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\npolicy = "bind"\n',
+        [':5: memory.policy: only with memory.nodes (for example nodes = "0")'],
+    ),
+    (
+        GUEST,
+        '[nic.a]\ntype = "user"\n[memory]\nsize = "1GiB"\npath = "/dev/shm"\n',
+        [':5: memory.path: only with backing = "file"; it is "anonymous"'],
     ),
     (
         GUEST,
@@ -739,7 +749,10 @@ CASES = [
         '[swap]\nswappiness = "some"\n',
         [':2: swap.swappiness: wants a number from 0 to 200, or "keep"; this is the text "some"'],
     ),
-    (HOST, '[swap.file]\npath = "/swap"\n', [":2: swap.file.path: not supported yet"]),
+    (HOST, '[swap.file]\npath = "/swap"\n', [':1: swap.file.size: is required (for example size = "32GiB")']),
+    (HOST, '[swap.zram]\nsize = "1.5KiB"\n', [':2: swap.zram.size: "1.5KiB" is not a whole number of MiB']),
+    (HOST, "[ksm]\nmin_pages = 9\nmax_pages = 8\n", [":2: ksm.min_pages: 9 is more than ksm.max_pages = 8"]),
+    (HOST, '[ksm]\nsleep = "0s"\n', [':2: ksm.sleep: "0s" is outside 1ms to 1min ("20ms" is the kernel\'s default)']),
     (
         HOST,
         "[cpu]\nhousekeeping = [0, 1]\n",

@@ -24,7 +24,8 @@ KEYS = {
     """,
     "host.toml": """
         cpu.housekeeping irq_affinity kernel_args overcommit_ratio; memory.reserve admission swap_factor
-        hugepages.SIZE.pages spare compact; thp.enabled defrag; ksm.mode max_cpu across_nodes scan_target
+        hugepages.SIZE.pages spare compact; thp.enabled defrag khugepaged_defrag shmem_enabled
+        ksm.mode max_cpu across_nodes scan_target sleep smart_scan use_zero_pages max_page_sharing min_pages max_pages
         swap.swappiness; swap.file.path size; swap.zram.size; tuning.mode balloon ksm placement; modules.load
         sriov.NIC.vfs; passthrough.allow; cpu_model.NAME.base features
     """,

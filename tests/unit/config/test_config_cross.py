@@ -43,6 +43,14 @@ def errors(loaded: Loaded) -> list[str]:
 
 CASES = [
     (
+        {
+            "guests.d/a.toml": f'{MEMORY}backing = "file"\npath = "/srv/ram"\npage_size = "2MiB"\n{USER}',
+            "guests.d/b.toml": f'{MEMORY}backing = "file"\npath = "/srv/ram/"\n{USER}',
+        },
+        'guests.d/b.toml:4: memory.path: "/srv/ram/" is of 2MiB in guests.d/a.toml (memory.path)'
+        " (choose another directory)",
+    ),
+    (
         {"guests.d/a.toml": disk("/srv/vm/x.img"), "guests.d/b.toml": disk("/srv/vm/./x.img")},
         "guests.d/b.toml:6: disk.root.file: image /srv/vm/x.img belongs to guests.d/a.toml (disk.root.file)",
     ),

@@ -133,10 +133,29 @@ def test_numbers_by_node_leave_the_others_alone() -> None:
 
 
 def test_bound_guests_get_their_node_and_others_the_roomier_one() -> None:
-    needs = {"a": PageNeed(P2, 512, node=1), "b": PageNeed(P2, 256), "c": PageNeed(P2, 10, node=7)}
+    needs = {"a": PageNeed(P2, 512, nodes=(1,)), "b": PageNeed(P2, 256), "c": PageNeed(P2, 10, nodes=(7,))}
     actions, problems = plan_hugepages(wish(), needs, memory_facts(pool(0), pool(1), nodes=2), reserve=GIB)
     assert sizes(actions) == {0: (0, 256), 1: (0, 512)}
     assert [problem.guests for problem in problems] == [{"c"}]
+
+
+def test_policies_of_several_nodes() -> None:
+    facts = memory_facts(pool(0), pool(1), pool(2), nodes=3, total=12 * GIB)
+    both = PageNeed(P2, 101, nodes=(0, 2), policy="interleave")
+    assert sizes(plan_hugepages(wish(), {"a": both}, facts, reserve=GIB)[0]) == {0: (0, 51), 2: (0, 50)}
+    rather = PageNeed(P2, 100, nodes=(2,), policy="preferred")
+    assert sizes(plan_hugepages(wish(), {"a": rather}, facts, reserve=GIB)[0]) == {2: (0, 100)}
+    large = replace(rather, pages=3000)
+    (actions, problems) = plan_hugepages(wish(), {"a": large}, facts, reserve=GIB)
+    assert not problems
+    assert sizes(actions)[2] == (0, 2048), "what node 2 has, and the rest elsewhere"
+    assert sum(new for _, new in sizes(actions).values()) == 3000
+    (_, problems) = plan_hugepages(wish(), {"a": replace(large, policy="bind")}, facts, reserve=GIB)
+    assert "(5.9 GiB) on node 2, 0 are left for it" in problems[0].message
+    uneven = replace(both, pages=5000)
+    (actions, problems) = plan_hugepages(wish(), {"a": uneven}, facts, reserve=GIB)
+    assert not problems
+    assert sizes(actions) == {0: (0, 2048), 1: (0, 904), 2: (0, 2048)}
 
 
 def test_more_than_the_host_can_keep_is_refused_with_the_sum() -> None:
@@ -208,7 +227,8 @@ needs_st = st.dictionaries(
         PageNeed,
         page_bytes=st.just(P2),
         pages=st.integers(1, 3000),
-        node=st.none() | st.integers(0, 2),
+        nodes=st.sets(st.integers(0, 2), max_size=2).map(lambda found: tuple(sorted(found))),
+        policy=st.sampled_from(["bind", "preferred", "interleave"]),
         fallback=st.booleans(),
     ),
 )
@@ -265,13 +285,9 @@ def test_planned_twice_is_planned_once_in_any_order(
 
     blocked = {name for problem in first[1] for name in problem.guests}
     free = {each.node: each.free - each.reserved for each in after.hugepages}
-    for name, need in needs.items():
-        if name not in blocked and name not in alive and not need.fallback and need.node is not None:
-            free[need.node] -= need.pages
-    assert all(left >= 0 for left in free.values()), "a guest that is not refused finds its pages"
-    floating = sum(
-        need.pages
-        for name, need in needs.items()
-        if name not in blocked and name not in alive and not need.fallback and need.node is None
-    )
-    assert floating <= sum(free.values())
+    served = [need for name, need in needs.items() if name not in blocked | alive and not need.fallback]
+    for nodes in ({0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}, {0, 1, 2}):
+        bound = sum(need.pages for need in served if need.bound and nodes >= set(need.bound))
+        room = sum(pages for node, pages in free.items() if node in nodes)
+        assert bound <= room, "a guest that is not refused finds its pages where they must be"
+    assert sum(need.pages for need in served) <= sum(free.values())

@@ -30,6 +30,13 @@ NEW_KERNEL = OLD_KERNEL | {
     f"{KSM}/advisor_mode": "none",
     f"{KSM}/advisor_max_cpu": "70",
     f"{KSM}/advisor_target_scan_time": "200",
+    f"{KSM}/advisor_min_pages_to_scan": "500",
+    f"{KSM}/advisor_max_pages_to_scan": "30000",
+    f"{KSM}/smart_scan": "1",
+    f"{KSM}/use_zero_pages": "0",
+    f"{KSM}/max_page_sharing": "256",
+    f"{THP}/shmem_enabled": "never",
+    f"{THP}/khugepaged/defrag": "1",
 }
 
 
@@ -59,7 +66,7 @@ class Kernel:
         name = action.path.rpartition("/")[2]
         if name == "pages_to_scan":
             assert self.knobs.get(f"{KSM}/advisor_mode", "none") == "none", "EINVAL"
-        if name == "merge_across_nodes":
+        if name in ("merge_across_nodes", "max_page_sharing"):
             assert self.knobs[f"{KSM}/pages_shared"] == "0", "EBUSY"
         if name == "advisor_mode":
             self.knobs[f"{KSM}/pages_to_scan"] = "500" if action.new == "scan-time" else "100"
@@ -115,6 +122,41 @@ def test_across_nodes_needs_nothing_merged() -> None:
     assert not problems[0].guests
 
 
+def test_every_other_knob_of_merging() -> None:
+    wish = {"smart_scan": False, "use_zero_pages": True, "max_page_sharing": 64, "sleep": "50ms"}
+    asked = host(ksm={"mode": "kernel", "min_pages": 100, "max_pages": 9000, **wish})
+    actions, problems = plan_ksm(asked, facts(NEW_KERNEL))
+    assert not problems
+    assert writes(actions) == [
+        ("max_page_sharing", "64"),
+        ("use_zero_pages", "1"),
+        ("smart_scan", "0"),
+        ("sleep_millisecs", "50"),
+        ("advisor_mode", "scan-time"),
+        ("advisor_min_pages_to_scan", "100"),
+        ("advisor_max_pages_to_scan", "9000"),
+        ("advisor_max_cpu", "10"),
+        ("run", "1"),
+    ]
+    assert [action.why for action in actions][:2] == ["ksm.max_page_sharing is 64", "ksm.use_zero_pages is true"]
+    own = host(ksm={"mode": "kvmd", "sleep": "40ms", "max_cpu": "5%"})
+    assert ("pages_to_scan", "1000") in writes(plan_ksm(own, facts(NEW_KERNEL))[0]), "5 % of 40 ms at 2 us a page"
+    actions, problems = plan_ksm(asked, facts(NEW_KERNEL | {f"{KSM}/pages_shared": "7"}))
+    assert "max_page_sharing" not in [name for name, _ in writes(actions)]
+    assert "(7 now)" in problems[0].message
+    lacking = [problem.subject for problem in plan_ksm(asked, facts(OLD_KERNEL))[1]]
+    assert lacking == [f"{KSM}/{name}" for name in ("max_page_sharing", "use_zero_pages", "smart_scan")]
+
+
+def test_thp_of_shared_memory_and_of_khugepaged() -> None:
+    asked = host(thp={"shmem_enabled": "advise", "khugepaged_defrag": False})
+    assert writes(plan_ksm(asked, facts(NEW_KERNEL))[0]) == [("shmem_enabled", "advise"), ("defrag", "0")]
+    assert [problem.subject for problem in plan_ksm(asked, facts(OLD_KERNEL))[1]] == [
+        f"{THP}/shmem_enabled",
+        f"{THP}/khugepaged/defrag",
+    ]
+
+
 def test_thp_and_swappiness() -> None:
     asked = host(thp={"enabled": "madvise", "defrag": "madvise"}, swap={"swappiness": 10})
     actions, _ = plan_ksm(asked, facts(OLD_KERNEL))
@@ -138,14 +180,32 @@ def test_a_kernel_without_the_knob_is_a_problem(mode: str) -> None:
     st.sampled_from(["keep", "always", "never"]),
     st.integers(1, 100),
     st.sampled_from([1, 2]),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "smart_scan": st.booleans(),
+            "use_zero_pages": st.booleans(),
+            "max_page_sharing": st.integers(2, 300),
+            "sleep": st.sampled_from(["1ms", "20ms", "1s"]),
+            "max_pages": st.integers(1, 40000),
+        },
+    ),
 )
 def test_applied_once_it_is_done(
-    mode: str, kernel: dict[str, str], run: str, shared: str, advisor: str, thp: str, percent: int, nodes: int
+    mode: str,
+    kernel: dict[str, str],
+    run: str,
+    shared: str,
+    advisor: str,
+    thp: str,
+    percent: int,
+    nodes: int,
+    more: dict[str, Any],
 ) -> None:
     knobs = kernel | {f"{KSM}/run": run, f"{KSM}/pages_shared": shared}
     if f"{KSM}/advisor_mode" in knobs:
         knobs[f"{KSM}/advisor_mode"] = advisor
-    asked = host(ksm={"mode": mode, "max_cpu": f"{percent}%"}, thp={"enabled": thp})
+    asked = host(ksm={"mode": mode, "max_cpu": f"{percent}%", **more}, thp={"enabled": thp})
     before = facts(knobs, nodes=nodes)
     actions, problems = plan_ksm(asked, before)
     machine = Kernel(knobs)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from kvmd.config.guest import Guest
+from kvmd.qemu.fds import FdTable
 from kvmd.qemu.memory import memory
 from tests.rig.golden_argv import recorded
 
 
-def backend(nodes: tuple[int, ...], **table: Any) -> dict[str, Any]:
+def backend(beside: tuple[int, ...], **table: Any) -> dict[str, Any]:
     guest = Guest.model_validate({"memory": {"size": "64MiB", **table}})
-    arguments, _ = memory("web", guest, recorded(), hugepages=True, nodes=nodes, threads=1)
+    arguments, _ = memory("web", guest, recorded(), FdTable(), hugepages=True, nodes=beside, threads=1)
     found: dict[str, Any] = json.loads(arguments[arguments.index("-object") + 1])
     return found
 
@@ -36,3 +37,10 @@ def test_hugepages_are_bound_and_other_memory_may_spill(nodes: tuple[int, ...], 
     found = backend(nodes, backing=backing)
     has = (found["policy"], found["host-nodes"]) if "policy" in found else None
     assert has == policy
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "hugepages"])
+def test_nodes_of_the_file_win_with_its_policy(backing: str) -> None:
+    found = backend((0,), backing=backing, nodes="1-2", policy="interleave")
+    assert (found["policy"], found["host-nodes"]) == ("interleave", [1, 2])
+    assert backend((), backing=backing, nodes="3")["policy"] == "bind"
