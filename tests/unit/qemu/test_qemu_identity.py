@@ -80,11 +80,11 @@ def test_the_order_of_the_file_decides_the_first_time_only(order: list[str]) -> 
 
 
 def test_a_removed_device_finds_its_place_again() -> None:
-    both = first(guest_of(["a", "b"], ["lan"]))
-    without = allot("web", guest_of(["b"], ["lan"]), both, CAPS, SEED)
-    with_another = allot("web", guest_of(["b", "c"], ["lan"]), without, CAPS, SEED)
-    assert with_another.slots["disk-c"] not in both.slots.values()
-    again = allot("web", guest_of(["a", "b", "c"], ["lan"]), with_another, CAPS, SEED)
+    both = first(guest_of(["a", "i"], ["lan"]))
+    without = allot("web", guest_of(["i"], ["lan"]), both, CAPS, SEED)
+    with_another = allot("web", guest_of(["i", "k"], ["lan"]), without, CAPS, SEED)
+    assert with_another.slots["disk-k"] not in both.slots.values()
+    again = allot("web", guest_of(["a", "i", "k"], ["lan"]), with_another, CAPS, SEED)
     assert again.slots["disk-a"] == both.slots["disk-a"]
 
 
@@ -102,14 +102,14 @@ def test_places_of_the_gone_are_taken_when_there_are_no_others() -> None:
 def test_an_explicit_slot_wins_and_is_never_shared() -> None:
     disks = {"a": {"file": "/a", "format": "raw"}, "b": {"file": "/b", "format": "raw", "pci_address": "2"}}
     identity = first(guest_of(disk=disks))
-    assert identity.slots["disk-b"] == "02.0"
+    assert identity.slots["disk-i"] == "02.0"
     assert identity.slots["disk-a"] != "02.0"
-    before = first(guest_of(["a", "b"]))
+    before = first(guest_of(["a", "i"]))
     with pytest.raises(Refused, match=r"disk\.a is there"):
         allot("web", guest_of(disk=disks), before, CAPS, SEED)
-    gone = allot("web", guest_of(["b"]), before, CAPS, SEED)
-    alone = allot("web", guest_of(disk={"b": disks["b"]}), gone, CAPS, SEED)
-    assert alone.slots["disk-b"] == "02.0"
+    gone = allot("web", guest_of(["i"]), before, CAPS, SEED)
+    alone = allot("web", guest_of(disk={"b": disks["i"]}), gone, CAPS, SEED)
+    assert alone.slots["disk-i"] == "02.0"
     assert "disk-a" not in alone.slots
     for taken in ("00.0", "1f.0"):
         with pytest.raises(Refused, match="belongs to the board"):
@@ -117,7 +117,7 @@ def test_an_explicit_slot_wins_and_is_never_shared() -> None:
     with pytest.raises(NotSupported, match="function 0"):
         first(guest_of(disk={"a": disks["a"] | {"pci_address": "05.1"}}))
     with pytest.raises(Refused, match="is there"):
-        first(guest_of(disk=dict.fromkeys("ab", disks["b"])))
+        first(guest_of(disk=dict.fromkeys("ab", disks["i"])))
 
 
 def test_the_board_is_pinned_and_follows_its_family_only() -> None:
