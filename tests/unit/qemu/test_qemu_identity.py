@@ -102,14 +102,15 @@ def test_places_of_the_gone_are_taken_when_there_are_no_others() -> None:
 def test_an_explicit_slot_wins_and_is_never_shared() -> None:
     disks = {"a": {"file": "/a", "format": "raw"}, "b": {"file": "/b", "format": "raw", "pci_address": "2"}}
     identity = first(guest_of(disk=disks))
-    assert identity.slots["disk-i"] == "02.0"
+    assert identity.slots["disk-b"] == "02.0"
     assert identity.slots["disk-a"] != "02.0"
-    before = first(guest_of(["a", "i"]))
+    plain = {name: {"file": f"/{name}", "format": "raw"} for name in "ab"}
+    before = first(guest_of(disk=plain))
     with pytest.raises(Refused, match=r"disk\.a is there"):
         allot("web", guest_of(disk=disks), before, CAPS, SEED)
-    gone = allot("web", guest_of(["i"]), before, CAPS, SEED)
-    alone = allot("web", guest_of(disk={"b": disks["i"]}), gone, CAPS, SEED)
-    assert alone.slots["disk-i"] == "02.0"
+    gone = allot("web", guest_of(disk={"b": plain["b"]}), before, CAPS, SEED)
+    alone = allot("web", guest_of(disk={"b": disks["b"]}), gone, CAPS, SEED)
+    assert alone.slots["disk-b"] == "02.0"
     assert "disk-a" not in alone.slots
     for taken in ("00.0", "1f.0"):
         with pytest.raises(Refused, match="belongs to the board"):
@@ -117,7 +118,7 @@ def test_an_explicit_slot_wins_and_is_never_shared() -> None:
     with pytest.raises(NotSupported, match="function 0"):
         first(guest_of(disk={"a": disks["a"] | {"pci_address": "05.1"}}))
     with pytest.raises(Refused, match="is there"):
-        first(guest_of(disk=dict.fromkeys("ab", disks["i"])))
+        first(guest_of(disk=dict.fromkeys("ab", disks["b"])))
 
 
 def test_the_board_is_pinned_and_follows_its_family_only() -> None:
