@@ -112,6 +112,7 @@ class Daemon:
             wish = guests.load().desired.daemon
             logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
+            dnsmasqs.units = systemd.Units() if systemd.supervised() else None
             agent.make = lambda: _make_agent(manager, applier, history)
             registry = Registry()
             add_builtin(registry, hub, version=__version__)

@@ -1,8 +1,9 @@
 """One dnsmasq per network: started, stopped, watched, adopted. Its configuration is decided in plan/dnsmasq.py.
 
 Under RUN/networks/NAME lie `dnsmasq.conf`, what dnsmasq said (`dnsmasq.log`) and the record of the process
-(`dnsmasq.json`); the leases are under STATE/networks/NAME, where a reboot leaves them. A server outlives the daemon
-and is found again by its record, or, if the daemon died before writing that, by its pid file and command line.
+(`dnsmasq.json`); the leases are under STATE/networks/NAME, where a reboot leaves them. A server outlives the daemon: as
+`kvmd-net@NAME.service` where kvmd itself is a unit, else in a session of its own. It is found again by its record, or,
+if the daemon died before writing that or systemd restarted the server meanwhile, by its pid file and command line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvmd.actions import StartDnsmasq, StopDnsmasq
 from kvmd.effects.files import write_atomic
 from kvmd.effects.proc import observe_process
 from kvmd.effects.process import Watched, last_words
+from kvmd.effects.systemd import Units
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed
 from kvmd.facts import Dnsmasq, Process
@@ -87,6 +89,7 @@ class Dnsmasqs:
     """All DHCP/DNS servers of this daemon's networks."""
 
     def __init__(self, run_dir: Path, state_dir: Path) -> None:
+        self.units: Units | None = None  # None: servers are started here and not by systemd
         self._run = run_dir / "networks"
         self._state = state_dir / "networks"
         self._backoffs: dict[str, tuple[str, Backoff]] = {}  # network -> configuration it counts for
@@ -94,7 +97,10 @@ class Dnsmasqs:
         self._changed = asyncio.Event()
 
     def dnsmasq_argv(self, network: str) -> tuple[str, ...]:
-        """The whole command line of one network's server; it goes into the background once it serves."""
+        """The whole command line of one network's server; it goes into the background once it serves.
+
+        systemd/kvmd-net@.service has the same.
+        """
         run, program = self._run / network, shutil.which("dnsmasq", path=_PATH) or "dnsmasq"
         return (
             program,
@@ -119,14 +125,15 @@ class Dnsmasqs:
 
     def _find(self, network: str) -> Dnsmasq | None:
         record = self._recorded(network)
-        if record is None:
-            process = self._by_pid_file(network)
-            return Dnsmasq(network, process.pid, process.start_time, "") if process else None
+        process: Process | None = Process(record.pid, record.start_time) if record else None
         # The start time has ticks of 10 ms: the command line is what no other process has.
-        process = Process(record.pid, record.start_time)
-        if _process(record.pid) != process or not self._is_server(record.pid, network):
+        if process is None or _process(process.pid) != process or not self._is_server(process.pid, network):
+            process = self._by_pid_file(network)
+        if process is None:
             return None
-        digest = record.config_sha256 if _link_index(record.bridge) == record.bridge_index else ""
+        # A record is gone before the configuration is rewritten: with one, whoever runs has read what it says.
+        known = record is not None and _link_index(record.bridge) == record.bridge_index
+        digest = record.config_sha256 if record and known else ""
         return Dnsmasq(network, process.pid, process.start_time, digest)
 
     def _is_server(self, pid: int, network: str) -> bool:
@@ -141,7 +148,7 @@ class Dnsmasqs:
         return record if record.boot_id == _boot_id() else None
 
     def _by_pid_file(self, network: str) -> Process | None:
-        """A server whose record was never written: the daemon ended between its start and that."""
+        """A server whose record was never written (the daemon ended between its start and that) or is of another."""
         try:
             pid = int((self._run / network / "dnsmasq.pid").read_text()[:20])
         except (OSError, ValueError):
@@ -201,17 +208,24 @@ class Dnsmasqs:
 
     async def _spawn(self, network: str) -> Process:
         """dnsmasq binds, says what is wrong on stderr, and its first process ends when the second one serves."""
-        done = await asyncio.to_thread(self._launch, self.dnsmasq_argv(network), network)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            reason = said[-1].removeprefix("dnsmasq: ") if said else f"exit code {done.returncode}"
-            hint = "another DNS or DHCP server has the port: `ss -lnp`" if "in use" in reason else None
-            raise HostFailed(f"dnsmasq of network {network} does not start: {reason}", hint=hint)
+        if self.units:
+            await self._start_unit(self.units, network)
+        else:
+            done = await asyncio.to_thread(self._launch, self.dnsmasq_argv(network), network)
+            if done.returncode:
+                raise _not_started(network, done.stderr, f"exit code {done.returncode}")
         process = self._by_pid_file(network)
         if process is None:
             said_last = last_words(self._run / network / "dnsmasq.log")
             raise HostFailed(f"dnsmasq of network {network} ended at once: {said_last or 'it says nothing'}")
         return process
+
+    async def _start_unit(self, units: Units, network: str) -> None:
+        try:
+            await units.start_network(network)
+        except HostFailed as error:
+            said = (self._run / network / "dnsmasq.stderr").read_text("utf-8", "replace")[:4096]
+            raise _not_started(network, said, error.message) from None
 
     def _launch(self, argv: tuple[str, ...], network: str) -> subprocess.CompletedProcess[str]:
         stderr = self._run / network / "dnsmasq.stderr"
@@ -243,6 +257,8 @@ class Dnsmasqs:
         running = self._find(action.network)
         if running is not None:
             await self._end(running)
+        if self.units:
+            await self.units.stop_network(action.network)
         self._backoffs.pop(action.network, None)
         for name in ("dnsmasq.json", "dnsmasq.pid", "dnsmasq.conf", "dnsmasq.stderr", "dnsmasq.log"):
             (self._run / action.network / name).unlink(missing_ok=True)
@@ -307,6 +323,14 @@ class Dnsmasqs:
             return ()
         except OSError as error:
             raise HostFailed(f"cannot read {path}: {error.strerror}") from None
+
+
+def _not_started(network: str, said: str, otherwise: str) -> HostFailed:
+    """`said`: dnsmasq's own words."""
+    lines = said.strip().splitlines()
+    reason = lines[-1].removeprefix("dnsmasq: ") if lines else otherwise
+    hint = "another DNS or DHCP server has the port: `ss -lnp`" if "in use" in reason else None
+    return HostFailed(f"dnsmasq of network {network} does not start: {reason}", hint=hint)
 
 
 def _boot_id() -> str:

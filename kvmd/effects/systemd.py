@@ -45,6 +45,11 @@ def guest_unit(name: str) -> str:
     return f"kvmd-guest@{name}.service"
 
 
+def network_unit(network: str) -> str:
+    """The unit of a network's DHCP and DNS server."""
+    return f"kvmd-net@{network}.service"
+
+
 def _instance(name: str) -> str:
     """The guest of a unit's or drop-in directory's name."""
     return name.removeprefix("kvmd-guest@").split(".service", 1)[0]
@@ -155,6 +160,19 @@ class Units:
         except OSError as error:
             raise HostFailed(f"guest {guest}: cannot change {path}: {error.strerror}") from None
         return True
+
+    async def start_network(self, network: str) -> None:
+        """Start a network's DHCP and DNS server, anew if it runs; back when it serves. HostFailed, TimedOut.
+
+        kvmd has its own patience with one that keeps failing: systemd's is reset.
+        """
+        with contextlib.suppress(HostFailed):  # a unit that has not failed
+            await self._systemctl("reset-failed", network_unit(network))
+        await self._systemctl("restart", network_unit(network))
+
+    async def stop_network(self, network: str) -> None:
+        """Stop a network's server; one that does not run is stopped. HostFailed, TimedOut."""
+        await self._systemctl("stop", network_unit(network))
 
     async def reload(self) -> None:
         """Make systemd read drop-ins again. HostFailed, TimedOut."""
