@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from kvmd.facts import VlanRange
-from kvmd.units import Size
+from kvmd.units import Rate, Size
 
 
 class Disruption(StrEnum):
@@ -195,6 +195,20 @@ class ReplaceRuleset(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShapePort(Action):
+    """Limit what a TAP of ours lets through to its guest; a rate of None takes the limit away."""
+
+    guest: str
+    nic: str
+    tap: str
+    rate: Rate | None
+    old: str = "none"
+
+    def line(self) -> str:
+        return f"~ guest {self.guest}: nic.{self.nic}.rate_in {self.old} -> {self.rate or 'none'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartDnsmasq(Action):
     """Start (or restart with another configuration) the DHCP/DNS server of one network."""
 
@@ -310,7 +324,7 @@ class EnableGuest(Action):
 
 SwapAction = EnsureSwapFile | RemoveSwapFile | EnsureZram | RemoveZram
 MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | SwapAction
-NetworkAction = EnsureBridge | SetPortVlans | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
+NetworkAction = EnsureBridge | SetPortVlans | ShapePort | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
 HostAction = MemoryAction | NetworkAction | LoadModule | UnloadModule
 GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction

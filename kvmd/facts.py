@@ -135,6 +135,15 @@ class Zram:
 
 
 @dataclass(frozen=True, slots=True)
+class Tbf:
+    """A token bucket queue at the root of a link (tc-tbf(8)), in bytes."""
+
+    rate_bytes: int  # a second
+    limit_bytes: int  # what may wait, the burst included
+    burst_bytes: int = field(default=0, compare=False)  # the kernel gives it back as a time, rounded
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """One network interface of the namespace kvmd runs in."""
 
@@ -153,6 +162,7 @@ class Link:
     default_pvid: int | None = None  # bridges only; 0: none; None: this kernel has no VLAN filtering
     vlans: tuple[VlanRange, ...] | None = None  # of a port, sorted and merged; None: not looked at
     parent: str | None = None  # the link below, of a VLAN or a macvtap
+    tbf: Tbf | None = None  # None for any other queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from kvmd.actions import (
     Outcome,
     PinGuest,
     RemoveBridge,
+    ReplaceRuleset,
     RestartGuest,
     SetHugepages,
     StartGuest,
@@ -25,7 +26,7 @@ from kvmd.actions import (
     WriteDropIn,
 )
 from kvmd.config.desired import Loaded
-from kvmd.effects import threads
+from kvmd.effects import nft, threads
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind
@@ -33,7 +34,9 @@ from kvmd.errors import Conflict, KvmdError, PartlyFailed, Refused
 from kvmd.facts import Facts
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.roster import Roster
+from kvmd.plan import ports
 from kvmd.plan.host import Plan, plan, plan_pools
+from kvmd.plan.nfttable import PORTS, difference
 from kvmd.plan.release import plan_release
 from kvmd.plan.yielding import Yielded
 from kvmd.units import CpuSet
@@ -63,6 +66,7 @@ class Manager:
         self._pass = asyncio.Lock()
         self._providing = asyncio.Lock()
         self.services.provide = self._provide_pages
+        self.services.fence = self._fence
         self.prepared: Callable[[], None] = lambda: None  # a pass has prepared the host and goes on to start guests
 
     # ---- observe, plan, apply -----------------------------------------------------------------------------------
@@ -97,6 +101,7 @@ class Manager:
             facts,
             macs=self.services.macs(),
             originals=self._original_pools(facts.boot_id),
+            uuids=self.services.uuids(),
             prune=prune,
             retake=retake,
         )
@@ -105,6 +110,16 @@ class Manager:
         """Pages of (node, page size) before kvmd first changed them in this boot."""
         pools = (entry for entry in self.services.store.journalled(boot_id) if entry.kind == EffectKind.HUGEPAGES)
         return {_pool_key(entry.subject): int(entry.original) for entry in pools}
+
+    async def _fence(self) -> None:
+        """The rules of the guests' ports, as the files want them now: before a port that has some is opened."""
+        desired = self.services.loaded.desired
+        text = ports.port_rules(desired.networks, desired.guests, self.services.macs(), self.services.uuids())
+        change = difference(text, await nft.observe(PORTS))
+        if change is not None:
+            action = ReplaceRuleset(text=text, change=change, table=PORTS, why="a guarded guest starts")
+            await self._applier.apply(action)
+            _log.info("%s  (%s)", action.line(), action.why)
 
     async def apply(self, allow: frozenset[Disruption], actor: str, *, prune: bool = False) -> Report:
         """Load, plan and do what `allow` permits, tuning knobs of others included. A failed action stops no other."""

@@ -18,6 +18,7 @@ from kvmd.config.scalars import (
     Path,
     PciAddress,
     QemuWord,
+    RateT,
     TableName,
     Vlan,
 )
@@ -189,9 +190,13 @@ class Nic(Table):
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
     ipv6: Ipv6 | None = key(None, "As ipv4: the DHCPv6 reservation and the name's address.", mark="~")
     link: None = later("boolean", "Cable plugged in.", mark="~")
-    rate_in: None = later("bandwidth", "Towards the guest.", mark="~")
-    rate_out: None = later("bandwidth", "From the guest.", mark="~")
-    guard: None = later("boolean", "No foreign MAC or address leaves this port.", mark="~")
+    rate_in: RateT | None = key(None, "Limit of what reaches the guest.", mark="~")
+    rate_out: RateT | None = key(None, "Limit of what leaves it; what is beyond is dropped.", mark="~")
+    guard: bool = key(
+        False,
+        "No foreign MAC, VLAN or address leaves this port, no DHCP server's answer, no router advertisement.",
+        mark="~",
+    )
     boot_index: None = later("number", "Use boot.order.", classic="bootindex=")
     net: Ipv4Network | None = key(
         None, 'type = "user": the subnet.', mark="!", classic="-net user,net=", default_text="10.0.2.0/24"

@@ -182,6 +182,9 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
     yield from _vlans(path, nic)
     if nic.net is not None and nic.dns is not None and nic.dns not in nic.net:
         yield Complaint((*path, "dns"), f"{nic.dns} is outside net = {nic.net}")
+    for key, given in (("rate_in", nic.rate_in), ("rate_out", nic.rate_out), ("guard", nic.guard)):
+        if given and nic.network is None:
+            yield Complaint((*path, key), "only with network")
     for key, given in (("mtu", nic.mtu is not None), ("queues", nic.queues > 1)):
         if given and not nic.model.startswith("virtio"):
             yield Complaint((*path, key), f'only with model = "virtio"; it is "{nic.model}"')

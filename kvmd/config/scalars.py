@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from kvmd.config.key import Kind, quote
-from kvmd.units import CpuSet, Duration, Percent, Size
+from kvmd.units import CpuSet, Duration, Percent, Rate, Size
 
 T = TypeVar("T")
 
@@ -82,7 +82,18 @@ def _pattern(regex: re.Pattern[str], wanted: str) -> Callable[[str], str]:
 
 _size = _unit(Size, Size.parse, "a size", '"8GiB"')
 _duration = _unit(Duration, Duration.parse, "a duration", '"3min"')
+_rate = _unit(Rate, Rate.parse, "a bandwidth", '"100Mbit"')
 _percent = _unit(Percent, Percent.parse, "a percentage", '"10%"')
+
+
+_SLOWEST, _FASTEST = Rate(8_000), Rate(32_000_000_000)  # tc and nft count bytes; tc in 32 bits
+
+
+def _bandwidth(value: object) -> Rate:
+    found = _rate(value)
+    if not _SLOWEST <= found <= _FASTEST:
+        raise ValueError(f'"{found}" is outside what can be kept: "{_SLOWEST}" to "{_FASTEST}"')
+    return found
 
 
 def _positive(value: Size) -> Size:
@@ -425,6 +436,7 @@ PositiveSize = Annotated[Size, PlainValidator(_size), AfterValidator(_positive),
 DurationT = Annotated[Duration, PlainValidator(_duration), Kind("duration", '"3min"')]
 PercentT = Annotated[Percent, PlainValidator(_percent), Kind("percentage", '"10%"')]
 _AS_LIST = PlainSerializer(str, when_used="json")  # a set has no order, and records are compared as text
+RateT = Annotated[Rate, PlainValidator(_bandwidth), Kind("bandwidth", '"100Mbit"')]
 CpuSetT = Annotated[CpuSet, PlainValidator(_cpus), _AS_LIST, Kind("CPU set", '"0-3,8"')]
 NodeSetT = Annotated[CpuSet, PlainValidator(_nodes), _AS_LIST, Kind("node set", '"0-1"')]
 Number = Annotated[float, PlainValidator(_number), Kind("number", "4.0")]

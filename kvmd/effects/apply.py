@@ -24,6 +24,7 @@ from kvmd.actions import (
     ReplaceRuleset,
     SetHugepages,
     SetPortVlans,
+    ShapePort,
     StartDnsmasq,
     StopDnsmasq,
     UnloadModule,
@@ -37,6 +38,7 @@ from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.errors import HostFailed
 from kvmd.facts import TunedKnob
+from kvmd.plan.ports import tbf_of
 
 ABSENT = ""  # the original of something that was not there
 
@@ -107,6 +109,8 @@ class HostApplier:
                 await nft.replace(action)
                 if not action.text:
                     self._store.forget(records.ruleset_key(action.table))
+            case ShapePort():  # of a TAP of ours, and gone with it: nothing to put back
+                await self._netlink.shape(action.tap, tbf_of(action.rate))
             case StartDnsmasq():
                 self._journal(records.dnsmasq_key(action.network), ABSENT, action.network, action.why)
                 await self._dnsmasqs.start(action)

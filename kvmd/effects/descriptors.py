@@ -19,7 +19,7 @@ from kvmd.effects.handover import listen_private
 from kvmd.effects.laststart import described
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import HostFailed
-from kvmd.facts import VlanRange
+from kvmd.facts import Tbf, VlanRange
 from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenMemory, OpenTap, OpenVhostNet
 from kvmd.qemu.storage import ImageFact
 
@@ -34,6 +34,7 @@ class TapPlan:
     alias: str
     port_isolated: bool
     vlans: Callable[[int], tuple[VlanRange, ...]] | None = None  # of a bridge that filters, by its default VLAN
+    tbf: Tbf | None = None
 
 
 @dataclass(slots=True)
@@ -127,6 +128,7 @@ class Opener:
             port_isolated=plan.port_isolated,
             queues=queues,
             vlans=plan.vlans,
+            tbf=plan.tbf,
         )
 
     def close(self) -> None:

@@ -28,9 +28,10 @@ from typing import Any, TypeVar
 
 from kvmd.actions import EnsureBridge, RemoveBridge, SetPortVlans
 from kvmd.errors import Conflict, HostFailed, KvmdError, NotSupported
-from kvmd.facts import Link, VlanRange
+from kvmd.facts import Link, Tbf, VlanRange
 from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
 from kvmd.plan.vlans import NO_KERNEL, entries_of, ranges_of, without
+from kvmd.units import Rate
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
 _IFF_TUN_EXCL = 0x8000
 _ADDR_GEN_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h: no fe80 address of the host on a guest's TAP
+TC_H_ROOT = 0xFFFFFFFF  # linux/pkt_sched.h
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # the kernel itself would expand "%d" and take a comma
 
 _HINTS = {
@@ -158,7 +160,11 @@ class Netlink:
             if address:
                 addresses[message["index"]].append(address)
         names = {message["index"]: message.get("ifname") for message in messages}
-        links = [_link_fact(message, names, tuple(addresses[message["index"]])) for message in messages]
+        queues = await self._queues() if any(message.get("qdisc") == "tbf" for message in messages) else {}
+        links = [
+            _link_fact(message, names, tuple(addresses[message["index"]]), queues.get(message["index"]))
+            for message in messages
+        ]
         if vlans:
             carried = await self._port_vlans()
             links = [replace(link, vlans=carried.get(link.index, ())) if link.master else link for link in links]
@@ -221,6 +227,16 @@ class Netlink:
             if error.details.get("errno") == errno.EOPNOTSUPP:
                 raise NotSupported(f"cannot {what}: {NO_KERNEL}") from None
             raise
+
+    async def _queues(self) -> dict[int, Tbf]:
+        """Token bucket queues at the root, by index of their link."""
+        found = {}
+        for message in await self._dump("tc", "the queues of the links"):
+            options = message.get("options")
+            parameters = options.get("TCA_TBF_PARMS") if options and message.get("kind") == "tbf" else None
+            if parameters and message["parent"] == TC_H_ROOT:
+                found[message["index"]] = Tbf(parameters["rate"], parameters["limit"])
+        return found
 
     async def _find(self, name: str) -> Link | None:
         """One link by name, with its addresses."""
@@ -332,6 +348,7 @@ class Netlink:
         port_isolated: bool = False,
         queues: int = 1,
         vlans: Callable[[int], tuple[VlanRange, ...]] | None = None,
+        tbf: Tbf | None = None,
     ) -> list[int]:
         """A new TAP, up and in `bridge`; one descriptor per queue, owned by the caller. It vanishes with the last one.
 
@@ -351,7 +368,9 @@ class Netlink:
             index = await self._plug(name, bridge=bridge, master=master, mtu=mtu, alias=alias, isolated=port_isolated)
             if vlans:
                 await self._fence(name, index, bridge, vlans)
-            # Up at last: no frame passes before the address mode, the isolation and the VLANs are set.
+            if tbf:
+                await self.shape(name, tbf)
+            # Up at last: no frame passes before the address mode, the isolation, the VLANs and the limit are set.
             await self._link(f"set TAP {name} up", "set", index=index, state="up")
         except BaseException:
             for fd in fds:
@@ -369,6 +388,29 @@ class Netlink:
             raise Conflict(f'TAP {name}: bridge "{bridge}" does not filter VLANs', hint=hint)
         given = (await self._port_vlans()).get(index, ())
         await self._change_vlans(name, index, given, vlans(there.default_pvid))
+
+    async def shape(self, tap: str, tbf: Tbf | None) -> None:
+        """Let a TAP's queue to the guest be this one, or the kernel's own for None. Of a link that is gone: nothing."""
+        index = _index(tap)
+        if index is None:
+            return
+        if tbf is None:
+            what = f"take the limit off TAP {tap}"
+            await self._request(what, lambda route: route.tc("del", index=index, parent=TC_H_ROOT), gone_ok=True)
+            return
+        what = f"limit TAP {tap} to {Rate(tbf.rate_bytes * 8)}"
+        rate, burst, limit = tbf.rate_bytes, tbf.burst_bytes, tbf.limit_bytes
+        try:
+            await self._request(
+                what,
+                lambda route: route.tc("replace", "tbf", index=index, rate=rate, burst=burst, limit=limit),
+                gone_ok=True,
+            )
+        except HostFailed as error:
+            if error.details.get("errno") != errno.ENOENT:
+                raise
+            hint = "a kernel with CONFIG_NET_SCH_TBF (module sch_tbf), or take rate_in out"
+            raise NotSupported(f"cannot {what}: this kernel has no token bucket queue", hint=hint) from None
 
     async def _plug(self, name: str, *, bridge: str, master: int, mtu: int, alias: str, isolated: bool) -> int:
         what = f"put TAP {name} into {bridge} (mtu {mtu})"
@@ -455,7 +497,14 @@ def _address(message: Any) -> str | None:
     return f"{text}/{message['prefixlen']}"
 
 
-def _link_fact(message: Any, names: dict[int, str], addresses: tuple[str, ...]) -> Link:
+def _index(name: str) -> int | None:
+    try:
+        return socket.if_nametoindex(_checked(name))
+    except OSError:
+        return None
+
+
+def _link_fact(message: Any, names: dict[int, str], addresses: tuple[str, ...], tbf: Tbf | None = None) -> Link:
     info = message.get("linkinfo")
     kind = info.get("kind") if info else None
     data = info.get("data") if info and kind == "bridge" else None
@@ -478,4 +527,5 @@ def _link_fact(message: Any, names: dict[int, str], addresses: tuple[str, ...]) 
         default_pvid=data.get("br_vlan_default_pvid") if data else None,
         parent=names.get(below, str(below)) if below else None,
         port_isolated=bool(slave.get("IFLA_BRPORT_ISOLATED")) if slave else None,
+        tbf=tbf,
     )

@@ -43,7 +43,11 @@ def _run(arguments: tuple[str, ...], text: str = "") -> subprocess.CompletedProc
 
 def _refused(what: str, done: subprocess.CompletedProcess[str]) -> HostFailed:
     reason = re.sub(r"\s+", " ", done.stderr).strip()[:500] or f"exit code {done.returncode}"
-    hint = "kvmd needs CAP_NET_ADMIN" if "not permitted" in reason else "does this kernel have nf_tables with inet NAT?"
+    hint = (
+        "kvmd needs CAP_NET_ADMIN"
+        if "not permitted" in reason
+        else "does this kernel have nf_tables with inet NAT, limit and bridge?"
+    )
     return HostFailed(f"nft refused {what}: {reason}", hint=hint)
 
 

@@ -9,7 +9,7 @@ from kvmd.config.desired import Desired
 from kvmd.effects import hugetlbfs, listeners, modules, nft, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
-from kvmd.effects.records import EffectKind
+from kvmd.effects.records import EffectKind, ruleset_key
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import Facts, JournalEntry
@@ -17,7 +17,8 @@ from kvmd.plan import hugetlbfs as hugetlbfs_plan
 from kvmd.plan import modules as module_plan
 from kvmd.plan import network
 from kvmd.plan.ksm import KNOBS
-from kvmd.plan.nfttable import NETWORKS
+from kvmd.plan.nfttable import NETWORKS, PORTS
+from kvmd.plan.ports import has_fence
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class HostObserver:
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
         filtering = any(net.network.vlan_filtering for net in desired.networks.values())
         links = await self.netlink.observe_links(vlans=filtering) if with_networks else ()
+        with_fences = any(has_fence(nic) for guest in desired.guests.values() for nic in guest.nic.values())
+        with_fences = with_fences or ruleset_key(PORTS) in {entry.key for entry in journal}
         return Facts(
             boot_id=self.tree.boot_id(),
             cpus=self.tree.observe_cpus(),
@@ -59,6 +62,7 @@ class HostObserver:
             vlan_filtering=await self.netlink.can_filter_vlans(links) if filtering else None,
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe(NETWORKS) if with_networks else None,
+            nft_ports=await nft.observe(PORTS) if with_fences else None,
             listeners=listeners.observe(self.tree) if any(net.forward for net in desired.networks.values()) else (),
             dnsmasq=self.dnsmasqs.observe(),
         )

@@ -43,6 +43,7 @@ from kvmd.guest.pages import PageBook
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
 from kvmd.plan.links import tap_name
+from kvmd.plan.ports import has_fence, tbf_of
 from kvmd.plan.units import drop_in
 from kvmd.plan.vlans import wanted_vlans
 from kvmd.qemu import argv, explain, identity, verify
@@ -84,6 +85,10 @@ class Born:
     warnings: tuple[str, ...]
 
 
+async def _no_fence() -> None:
+    """Without a manager there is nobody who could make rules."""
+
+
 @dataclass(eq=False)
 class Services:
     """Shared by all supervisors."""
@@ -98,6 +103,7 @@ class Services:
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
     provide: Callable[[], Awaitable[str | None]] = _nothing_provided  # the manager's: grows automatic pools
     pages: PageBook = field(default_factory=PageBook)
+    fence: Callable[[], Awaitable[None]] = field(default=_no_fence)  # the manager's: HostFailed
     settled: asyncio.Event = field(
         default_factory=asyncio.Event
     )  # all adopted guests' CPUs are known: starts may place
@@ -221,6 +227,10 @@ class Services:
             for nic, mac in known.macs.items()
         }
 
+    def uuids(self) -> Mapping[str, str]:
+        """UUIDs of all declared guests that have an identity."""
+        return {name: known.uuid for name in self.loaded.desired.guests if (known := self.identity(name))}
+
     async def open(self, name: str, decided: Decided) -> tuple[Launch, Descriptors]:
         """The argv, and everything it names open. Closes all and raises on the first failure."""
         guest, run = decided.guest, decided.run
@@ -256,6 +266,8 @@ class Services:
             files.ensure_dir(self.paths.guest_display(name), 0o700, run.uid, self.qemu_gid or run.uid)
             warnings = (decided.warning, *backing.warnings, *launch.warnings)
             launch = replace(launch, warnings=tuple(warning for warning in warnings if warning))
+            if any(has_fence(nic) for nic in guest.nic.values()):
+                await self.fence()
             return launch, await opener.open_all(launch.opens, self._taps(name, decided))
         except BaseException:
             opener.close()
@@ -275,6 +287,7 @@ class Services:
                 alias=f"kvmd:{wish.network}:{name}:{nic}",
                 port_isolated=network.network.guests_isolated,
                 vlans=partial(wanted_vlans, wish) if network.network.vlan_filtering else None,
+                tbf=tbf_of(wish.rate_in),
             )
         return taps
 

@@ -13,7 +13,7 @@ from kvmd.actions import Action, AnyAction, Disruption, Problem, RemoveBridge, R
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
-from kvmd.plan import admission, cpus, guests, hugepages, hugetlbfs, ksm, modules, network, swap, units
+from kvmd.plan import admission, cpus, guests, hugepages, hugetlbfs, ksm, modules, network, ports, swap, units
 from kvmd.plan.yielding import Yielded, give_way
 
 
@@ -37,13 +37,15 @@ def plan(
     facts: Facts,
     *,
     macs: Mapping[tuple[str, str], str],
+    uuids: Mapping[str, str],
     originals: Mapping[tuple[int, int], int],
     prune: bool = False,
     retake: bool = False,
 ) -> Plan:
-    """Everything. `macs` by (guest, nic); `originals`: pages of (node, page size) before kvmd first changed them.
+    """Everything. `macs` by (guest, nic), `uuids` by guest, of their identities.
 
-    `retake`: a person wants the files obeyed, also where someone else turned a tuning knob.
+    `originals`: pages of (node, page size) before kvmd first changed them. `retake`: a person wants the files obeyed,
+    also where someone else turned a tuning knob.
     """
     host = desired.host
     parts = (
@@ -53,6 +55,7 @@ def plan(
         plan_pools(desired, facts, originals),
         hugetlbfs.plan_hugetlbfs(desired.guests, facts),
         network.plan_network(desired.networks, desired.guests, macs, facts),
+        ports.plan_ports(desired.networks, desired.guests, macs, uuids, facts),
         cpus.plan_pins(desired.guests, host, facts),
     )
     actions = [action for part, _ in parts for action in part]

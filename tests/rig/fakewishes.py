@@ -12,6 +12,7 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host
 from kvmd.config.network import Network
+from kvmd.units import Rate
 
 
 def network(mode: str = "nat", third: int = 50, *, dhcp: bool = True, **about: Any) -> Network:
@@ -56,7 +57,12 @@ def everything(*, merging: str = "kvmd") -> Desired:
         },
         guests={
             "db": guest("1GiB", nics=("lab", "office"), limits={"tasks_max": 500}),
-            "web": guest("128MiB", nics=("lan",), pages=True, cpu={"vcpus": 2, "placement": "dedicated"}),
+            "web": guest(
+                "128MiB",
+                pages=True,
+                cpu={"vcpus": 2, "placement": "dedicated"},
+                nic={"n0": {"network": "lan", "guard": True, "rate_in": Rate.parse("10Mbit")}},
+            ),
         },
     )
 

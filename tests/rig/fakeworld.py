@@ -24,6 +24,7 @@ from kvmd.actions import (
     RestartGuest,
     SetHugepages,
     SetPortVlans,
+    ShapePort,
     StartDnsmasq,
     StartGuest,
     StopDnsmasq,
@@ -57,6 +58,7 @@ from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.links import bridge_alias, bridge_mac, tap_alias, tap_name
 from kvmd.plan.network import FORWARDING, FORWARDING6
 from kvmd.plan.nfttable import NETWORKS, PORTS, fingerprint
+from kvmd.plan.ports import tbf_of
 from kvmd.plan.release import plan_release
 from kvmd.plan.vlans import wanted_vlans
 from tests.rig.hosts import GIB, MIB, topology
@@ -132,7 +134,9 @@ class FakeWorld:
         pools = [entry for entry in self.facts.journal if entry.kind == records.EffectKind.HUGEPAGES]
         originals = {_pool_key(entry.subject): int(entry.original) for entry in pools}
         facts = replace(self.facts, lives=self._lives())
-        return plan(self.desired, facts, macs=self.macs(), originals=originals, prune=prune, retake=retake)
+        uuids = {name: name for name in self.desired.guests}
+        macs = self.macs()
+        return plan(self.desired, facts, macs=macs, uuids=uuids, originals=originals, prune=prune, retake=retake)
 
     def reconcile(
         self, desired: Desired | None = None, *, retake: bool = False, prune: bool = False
@@ -365,7 +369,8 @@ def _tap(facts: Facts, desired: Desired, guest: str, nic: str, number: int) -> L
     alias = tap_alias(network, guest, nic)
     filtering = desired.networks[network].network.vlan_filtering
     vlans = wanted_vlans(desired.guests[guest].nic[nic], 1) if filtering else None
-    return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias, vlans=vlans)
+    tbf = tbf_of(desired.guests[guest].nic[nic].rate_in)
+    return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias, vlans=vlans, tbf=tbf)
 
 
 # ---- one function for each action ---------------------------------------------------------------------------------
@@ -429,6 +434,11 @@ def _replace_ruleset(world: FakeWorld, action: ReplaceRuleset) -> None:
     world.change(**{table: fingerprint(action.text) if action.text else None})
     if not action.text:
         world.forget(records.ruleset_key(action.table))
+
+
+def _shape_port(world: FakeWorld, action: ShapePort) -> None:
+    links = (replace(x, tbf=tbf_of(action.rate)) if x.name == action.tap else x for x in world.facts.links)
+    world.change(links=tuple(links))
 
 
 def _start_dnsmasq(world: FakeWorld, action: StartDnsmasq) -> None:
@@ -508,6 +518,7 @@ EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     SetPortVlans: _set_port_vlans,
     RemoveBridge: _remove_bridge,
     ReplaceRuleset: _replace_ruleset,
+    ShapePort: _shape_port,
     StartDnsmasq: _start_dnsmasq,
     StopDnsmasq: _stop_dnsmasq,
     LoadModule: _load_module,

@@ -10,8 +10,10 @@ import pytest
 from kvmd.actions import WriteKnob
 from kvmd.facts import GuestUnit, Link, Module, Thread
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
-from kvmd.plan.links import bridge_alias, bridge_mac
+from kvmd.plan.links import bridge_alias, bridge_mac, tap_name
 from kvmd.plan.network import FORWARDING
+from kvmd.plan.ports import tbf_of
+from kvmd.units import Rate
 from tests.rig.fakewishes import everything
 from tests.rig.fakeworld import FakeWorld
 from tests.rig.hosts import GIB, MIB
@@ -139,6 +141,14 @@ DRIFTS = (
         ("~ nft table inet kvmd: as declared again",),
     ),
     Drift("table replaced", lambda world: world.drift(nft="other"), ("~ nft table inet kvmd: rules differ",)),
+    Drift("table of ports deleted", lambda world: world.drift(nft_ports=None), ("+ nft table bridge kvmd",)),
+    Drift(
+        "table of ports edited",
+        lambda world: world.drift(nft_ports=f"{world.facts.nft_ports} edited"),
+        ("~ nft table bridge kvmd: as declared again",),
+    ),
+    link(tap_name("web", "n0"), "~ guest web: nic.n0.rate_in none -> 10Mbit", tbf=None),
+    link(tap_name("web", "n0"), "~ guest web: nic.n0.rate_in 1Mbit -> 10Mbit", tbf=tbf_of(Rate.parse("1Mbit"))),
     Drift("server killed", served("lan", None), ("+ dnsmasq for network lan",)),
     Drift("server changed", served("lan", "0" * 64), ("~ dnsmasq for network lan: new configuration",)),
     Drift("server on a dead link", served("lab", ""), ("~ dnsmasq for network lab: restart",)),
