@@ -253,6 +253,58 @@ class UnloadModule(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetVfs(Action):
+    """Give a PCI device this many virtual functions; from one number to another the kernel wants 0 between."""
+
+    device: str  # "0000:3b:00.0"
+    pool: str  # as the file names it
+    old: int
+    new: int
+    autoprobe: bool = False  # whether the host's drivers take the new ones
+
+    def line(self) -> str:
+        return f"~ {self.pool}: {self.old} -> {self.new} virtual functions"
+
+
+@dataclass(frozen=True, slots=True)
+class VfPort:
+    """What the physical function does with one virtual function's frames (rtnetlink, IFLA_VFINFO_LIST)."""
+
+    link: str  # interface of the physical function
+    index: int
+    mac: str
+    vlan: int = 0  # 0: none
+    spoofchk: bool | None = True  # frames with another source address are dropped; None: the driver cannot say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindDevice(Action):
+    """Take a PCI function from its driver for one guest: vfio-pci drives it, the guest's uid owns its group."""
+
+    device: str
+    guest: str
+    key: str  # "hostdev.gpu", "nic.fast"
+    group: int
+    uid: int
+    driver: str | None = None  # as it was seen
+    port: VfPort | None = None  # of a virtual function that is a NIC
+
+    def line(self) -> str:
+        return f"~ pci {self.device}: {self.driver or 'no driver'} -> vfio-pci for guest {self.guest}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseDevice(Action):
+    """Give a PCI function back to the driver it was taken from."""
+
+    device: str
+    guest: str
+
+    def line(self) -> str:
+        return f"~ pci {self.device}: back from guest {self.guest}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartGuest(Action):
     """Bring a guest to `running`."""
 
@@ -325,7 +377,8 @@ class EnableGuest(Action):
 SwapAction = EnsureSwapFile | RemoveSwapFile | EnsureZram | RemoveZram
 MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | SwapAction
 NetworkAction = EnsureBridge | SetPortVlans | ShapePort | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
-HostAction = MemoryAction | NetworkAction | LoadModule | UnloadModule
+DeviceAction = LoadModule | UnloadModule | SetVfs | BindDevice | ReleaseDevice
+HostAction = MemoryAction | NetworkAction | DeviceAction
 GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 

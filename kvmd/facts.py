@@ -283,6 +283,42 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
+class HostUse:
+    """What of the host's hangs on a PCI device and would go with it."""
+
+    device: str  # "sda2", "enp3s0"
+    what: str  # "mounted at /", "has 192.0.2.1/24", "carries the default route"
+
+
+@dataclass(frozen=True, slots=True)
+class PciDevice:
+    """One PCI function (Documentation/ABI/testing/sysfs-bus-pci)."""
+
+    address: str  # "0000:3b:00.1"
+    class_code: int = 0  # base class, subclass, interface: 0x010802 is NVMe
+    driver: str | None = None
+    override: str | None = None  # driver_override: the only driver it may have
+    group: int | None = None  # IOMMU group; None: no IOMMU stands before it
+    node: int | None = None  # NUMA node; None: the firmware does not say
+    parent: str | None = None  # of a virtual function: its physical one
+    index: int | None = None  # of a virtual function: its number, from 0
+    total_vfs: int = 0
+    vfs: int = 0
+    disks: tuple[str, ...] = ()  # "sda", "nvme0n1"
+    links: tuple[str, ...] = ()  # network interfaces
+    uses: tuple[HostUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Iommu:
+    """Why there are no IOMMU groups, if there are none."""
+
+    groups: int = 0
+    vendor: Literal["intel", "amd", ""] = ""  # of the processor
+    asked: bool = False  # the kernel command line switches one on
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """The world, read once."""
 
@@ -298,6 +334,10 @@ class Facts:
     swaps: tuple[SwapArea, ...] | None = ()  # None: a kernel without swap
     swap_files: tuple[SwapFile, ...] = ()
     zrams: tuple[Zram, ...] | None = ()  # None: a kernel without zram, or its module is not loaded
+    pci: tuple[PciDevice, ...] | None = None  # None: not looked at, for no file and no journal speaks of any
+    iommu: Iommu = Iommu()
+    reservations: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # PCI function -> guest it was bound for
+    vfs_before: Mapping[str, int] = field(default_factory=lambda: EMPTY)  # PCI function -> its VFs before kvmd
     links: tuple[Link, ...] = ()
     vlan_filtering: bool | None = None  # whether bridges can; None: not known before there is one
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6

@@ -33,6 +33,7 @@ from kvmd.effects.records import EffectKind
 from kvmd.errors import Conflict, KvmdError, PartlyFailed, Refused
 from kvmd.facts import Facts
 from kvmd.guest.lifecycle import ALIVE
+from kvmd.guest.passthrough import Passthrough
 from kvmd.guest.roster import Roster
 from kvmd.plan import ports
 from kvmd.plan.host import Plan, plan, plan_pools
@@ -67,6 +68,7 @@ class Manager:
         self._providing = asyncio.Lock()
         self.services.provide = self._provide_pages
         self.services.fence = self._fence
+        self.services.devices = Passthrough(guests, observer, applier)
         self.prepared: Callable[[], None] = lambda: None  # a pass has prepared the host and goes on to start guests
 
     # ---- observe, plan, apply -----------------------------------------------------------------------------------

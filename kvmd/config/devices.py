@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from kvmd.config.key import Table, key, later, not_yet, quote
+from kvmd.config.pci import PciFunction, PoolName
 from kvmd.config.scalars import (
     DiskSerial,
     GuestName,
@@ -159,13 +160,13 @@ class Nic(Table):
     network: GuestName | None = key(
         None, "networks.d/NETWORK.toml to be plugged into.", mark="!", classic="-net tap", example='"lan"'
     )
-    type: Literal["user"] | None = key(
+    type: Literal["user", "vf"] | None = key(
         None,
-        'Instead of `network`: "user" is NAT inside QEMU.',
+        'Instead of `network`: "user" is NAT inside QEMU, "vf" a virtual function of a NIC of the host.',
         mark="!",
         classic="-net user",
         example='"user"',
-        later_values=("tap", "bridge", "hub", "macvtap", "vf", "vhost-user", "passt"),
+        later_values=("tap", "bridge", "hub", "macvtap", "vhost-user", "passt"),
     )
     hub: None = later("number", "Hub inside the guest's QEMU.", classic="-net vlan=")
     model: QemuWord = key("virtio", "The device.", mark="!", classic="-net nic,model=", needs="device of that name")
@@ -184,7 +185,13 @@ class Nic(Table):
         default_text="the network's",
     )
     queues: int = key(1, "Queue pairs, at most one per vCPU.", mark="!", classic="queues=", ge=1, le=256)
-    vlan: Vlan | None = key(None, "Access port: this VLAN, without a tag.", mark="~", example="10")
+    vlan: Vlan | None = key(
+        None,
+        'Access port: this VLAN, without a tag. With type = "vf" the card of the host tags.',
+        mark="~",
+        classic="ip link set PF vf N vlan",
+        example="10",
+    )
     vlans: tuple[Vlan, ...] = key((), "Trunk port: these VLANs, with tags.", mark="~", example="[10, 20]")
     native_vlan: Vlan | None = key(None, "Of a trunk: this VLAN besides, without a tag.", mark="~", example="5")
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
@@ -223,14 +230,31 @@ class Nic(Table):
     vhostforce: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vhostforce=")
     interface: None = later("interface name", 'type = "macvtap": the NIC below.', mark="!")
     macvtap_mode: None = later("text", 'type = "macvtap".', mark="!")
-    pool: None = later("interface name", 'type = "vf": the physical NIC.', mark="!")
-    pci: None = later("PCI address", 'type = "vf": one function.', mark="!")
+    pool: PoolName | None = key(
+        None,
+        'type = "vf": the NIC whose free virtual function is taken, [sriov.POOL] in host.toml.',
+        mark="!",
+        example='"enp59s0f0"',
+    )
+    pci: PciFunction | None = key(
+        None,
+        'type = "vf": this virtual function instead of a pool\'s; it must be in passthrough.allow.',
+        mark="!",
+        example='"0000:3b:02.1"',
+    )
 
 
 class Hostdev(Table):
     """[hostdev.NAME]"""
 
-    pci: None = later("PCI address", "Function of the host.", mark="~", classic="-device vfio-pci")
+    pci: PciFunction | None = key(
+        None,
+        "Function of the host, which must be in passthrough.allow of host.toml.",
+        mark="!",
+        classic="-device vfio-pci,host=",
+        needs="vfio-pci",
+        example='"0000:3b:00.0"',
+    )
     usb: None = later("text", "USB device of the host.", mark="~", classic="-usbdevice host:")
     mdev: None = later("UUID", "Mediated device.", mark="~")
     rom: None = later("absolute path", "Option ROM.", mark="~", classic="romfile=")

@@ -397,7 +397,7 @@ class Guest(Table):
     tpm: Tpm = table(Tpm)
     disk: Mapping[TableName, Disk] = named_tables("A disk or a CD drive.")
     nic: Mapping[TableName, Nic] = named_tables("A network card.")
-    hostdev: Mapping[TableName, Hostdev] = named_tables("A device of the host.", later=True)
+    hostdev: Mapping[TableName, Hostdev] = named_tables("A device of the host.")
     display: Display = table(Display)
     video: Video = table(Video)
     serial: Mapping[TableName, Serial] = named_tables("A serial port.")
@@ -415,6 +415,17 @@ class Guest(Table):
     cloud_init: CloudInit = table(CloudInit)
     tuning: GuestTuning = table(GuestTuning)
     limits: Limits = table(Limits)
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """Keys of the devices of the host that it is given: "hostdev.gpu", "nic.fast"."""
+        functions = [f"nic.{name}" for name, nic in self.nic.items() if nic.type == "vf"]
+        return (*(f"hostdev.{name}" for name in self.hostdev), *functions)
+
+    @property
+    def ballooned(self) -> bool:
+        """Whether the guest gets a balloon device: what a device of the host may write to cannot be taken away."""
+        return self.memory.ballooned and not self.passthrough
 
     @model_validator(mode="before")
     @classmethod

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, PlainValidator
 
 from kvmd.config.key import Kind, Table, key, later, named_tables, optional_table, quote, table
+from kvmd.config.pci import PciSpanT, PoolName
 from kvmd.config.scalars import (
     MAX_NODE,
     AutoCpuSet,
     AutoSize,
     DurationT,
-    Interface,
     ModuleName,
     Number,
     Path,
@@ -230,13 +230,28 @@ class Modules(Table):
 class Sriov(Table):
     """[sriov.NIC]"""
 
-    vfs: None = later("number", "Virtual functions to make.", classic="sriov_numvfs")
+    vfs: int = key(
+        ...,
+        "Virtual functions there are to be; changed only while none is in use. They are the guests' "
+        "(passthrough.allow need not name them), so no driver of the host takes them.",
+        mark="~",
+        classic="sriov_numvfs",
+        ge=0,
+        le=65535,
+        example="8",
+    )
 
 
 class Passthrough(Table):
     """[passthrough]"""
 
-    allow: None = later("list of PCI address", "Devices that may be given to guests.")
+    allow: tuple[PciSpanT, ...] = key(
+        (),
+        "Devices that may be given to guests; no other is ever unbound from its driver. A prefix covers several: "
+        "/24 a bus, /29 a device with all its functions, /32 (or none) one function.",
+        mark="~",
+        example='["0000:3b:00.0/24", "0000:af:00.0"]',
+    )
 
 
 class CpuModel(Table):
@@ -258,6 +273,6 @@ class Host(Table):
     swap: Swap = table(Swap)
     tuning: HostTuning = table(HostTuning)
     modules: Modules = table(Modules)
-    sriov: Mapping[Interface, Sriov] = named_tables("Virtual functions of a NIC.", later=True)
+    sriov: Mapping[PoolName, Sriov] = named_tables("Virtual functions of a NIC, or of a device given by address.")
     passthrough: Passthrough = table(Passthrough)
     cpu_model: Mapping[QemuWord, CpuModel] = named_tables("A CPU model of this host's own.", later=True)

@@ -34,6 +34,7 @@ def guest_rules(guest: Guest) -> Iterator[Complaint]:
     for name, nic in guest.nic.items():
         yield from _nic(("nic", name), nic, guest.cpu.vcpus)
     yield from _nics_together(guest)
+    yield from _passthrough(guest)
 
 
 def _cpu(guest: Guest) -> Iterator[Complaint]:
@@ -151,6 +152,7 @@ def _boot(guest: Guest) -> Iterator[Complaint]:
     if not isinstance(boot.order, tuple):
         return
     known = [f"disk.{name}" for name in guest.disk] + [f"nic.{name}" for name in guest.nic]
+    known += [f"hostdev.{name}" for name in guest.hostdev]
     for device in boot.order:
         if device not in known:
             listed = ", ".join(known) or "none"
@@ -166,16 +168,17 @@ def _start(guest: Guest) -> Iterator[Complaint]:
 
 
 def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
+    yield from _virtual_function(path, nic)
     if nic.network is None and nic.type is None:
         yield Complaint(path, "needs network", 'network = "NAME", or type = "user"')
     if nic.network is not None and nic.type is not None:
-        yield Complaint((*path, "type"), '"user" has no network', "leave out network or type")
-    if nic.network is not None:
+        yield Complaint((*path, "type"), f'"{nic.type}" has no network', "leave out network or type")
+    if nic.type != "user":
         user_only = {"net": nic.net, "dns": nic.dns, "hostfwd": nic.hostfwd, "restrict": nic.restrict}
         for key, value in user_only.items():
             if value:
                 yield Complaint((*path, key), 'only with type = "user"')
-    else:
+    if nic.network is None:
         for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
             if address is not None:
                 yield Complaint((*path, key), "only with network")
@@ -197,7 +200,7 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
 def _vlans(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
     if nic.network is None:
         for key, value in (("vlan", nic.vlan), ("vlans", nic.vlans), ("native_vlan", nic.native_vlan)):
-            if value:
+            if value and (key != "vlan" or nic.type != "vf"):
                 yield Complaint((*path, key), "only with network")
     if nic.vlan is not None and nic.vlans:
         yield Complaint((*path, "vlan"), "an access port has one VLAN, a trunk has vlans", "leave out vlan or vlans")
@@ -207,6 +210,38 @@ def _vlans(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
         yield Complaint((*path, "native_vlan"), f"{nic.native_vlan} is one of vlans too, which go with a tag")
     if len(set(nic.vlans)) != len(nic.vlans):
         yield Complaint((*path, "vlans"), "names a VLAN twice")
+
+
+def _virtual_function(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
+    """A virtual function is a card of its own: nothing of QEMU's cards applies to it."""
+    if nic.type != "vf":
+        for key, given in (("pool", nic.pool), ("pci", nic.pci)):
+            if given is not None:
+                yield Complaint((*path, key), 'only with type = "vf"')
+        return
+    if (nic.pool is None) == (nic.pci is None):
+        text = 'type = "vf" needs pool or pci' + (", not both" if nic.pool else "")
+        yield Complaint(path, text, 'for example pool = "enp59s0f0", with [sriov.enp59s0f0] in host.toml')
+    if "model" in nic.model_fields_set:
+        yield Complaint((*path, "model"), 'not with type = "vf": the guest sees the card itself', "leave the key out")
+    if nic.mtu is not None:
+        yield Complaint((*path, "mtu"), 'not with type = "vf": it is set on the NIC of the host', "leave the key out")
+
+
+def _passthrough(guest: Guest) -> Iterator[Complaint]:
+    for name, hostdev in guest.hostdev.items():
+        if hostdev.pci is None:
+            yield Complaint(("hostdev", name), "needs pci", 'for example pci = "0000:3b:00.0"')
+    addresses = [(f"hostdev.{name}", device.pci) for name, device in guest.hostdev.items()]
+    addresses += [(f"nic.{name}", nic.pci) for name, nic in guest.nic.items() if nic.pci is not None]
+    for key, other, address in twice(addresses):
+        yield Complaint((*key.split("."), "pci"), f"{address} is {other}'s too")
+    if guest.passthrough and guest.memory.balloon.enabled:
+        text = f"a guest with {guest.passthrough[0]} cannot be ballooned: the device may write to any of its memory"
+        yield Complaint(("memory", "balloon", "enabled"), text, "leave the key out")
+    if guest.passthrough and guest.memory.ksm_group is not None:
+        text = f"the memory of a guest with {guest.passthrough[0]} is pinned, and never merged"
+        yield Complaint(("memory", "ksm_group"), text, "leave the key out")
 
 
 def _nics_together(guest: Guest) -> Iterator[Complaint]:

@@ -279,7 +279,8 @@ def _emulator(value: object) -> str:
     return _pattern(_QEMU_WORD, "a program's name or absolute path")(text)
 
 
-def _interface(value: object) -> str:
+def interface_name(value: object) -> str:
+    """A name the kernel takes for an interface. Raises ValueError."""
     text = _text(value, "an interface name", '"br0"')
     if not _INTERFACE.fullmatch(text) or text in (".", ".."):
         raise ValueError(f"{quote(text)} is not an interface name: 1 to 15 of letters, digits, _ . and -")
@@ -385,7 +386,7 @@ def _boot_order(value: object) -> str | tuple[str, ...]:
             f'wants a list such as ["disk.root", "nic.lan"], or letters as in "cn"; this is {described(value)}'
         )
     for device in value:
-        if not isinstance(device, str) or not re.fullmatch(r"(disk|nic)\.[a-z0-9_-]{1,20}", device):
+        if not isinstance(device, str) or not re.fullmatch(r"(disk|nic|hostdev)\.[a-z0-9_-]{1,20}", device):
             shown = quote(device) if isinstance(device, str) else described(device)
             raise ValueError(f'{shown} is not a device: write for example "disk.root" or "nic.lan"')
     if len(set(value)) != len(value):
@@ -459,7 +460,7 @@ Swappiness = Annotated[
     Kind('number or "keep"', "10"),
 ]
 AutoInterface = Annotated[
-    str, PlainValidator(_interface), Kind('interface name or "auto"', '"eth0"')
+    str, PlainValidator(interface_name), Kind('interface name or "auto"', '"eth0"')
 ]  # "auto" is an interface name by the pattern and is kept as the word
 
 Uuid = Annotated[str, PlainValidator(_uuid), Kind("UUID", '"6f0d2c6e-9a0f-4a57-8a0c-3b3f7b6f7a11"')]
@@ -479,7 +480,7 @@ Ip = Annotated[
 Vlan = Annotated[int, PlainValidator(_count(1, 4094, "a VLAN, a number from 1 to 4094")), Kind("VLAN", "10")]
 Path = Annotated[str, PlainValidator(_path), Kind("absolute path", '"/srv/vm/web.qcow2"')]
 Emulator = Annotated[str, PlainValidator(_emulator), Kind("program", '"qemu-system-x86_64"')]
-Interface = Annotated[str, PlainValidator(_interface), Kind("interface name", '"br0"')]
+Interface = Annotated[str, PlainValidator(interface_name), Kind("interface name", '"br0"')]
 PciAddress = Annotated[str, PlainValidator(_pci_address), Kind("PCI slot", '"05.0"')]
 ModuleName = Annotated[str, PlainValidator(_module), Kind("module name", '"vhost_net"')]
 Hostfwd = Annotated[str, PlainValidator(_hostfwd), Kind("forwarding", '"tcp:127.0.0.1:8080-:80"')]

@@ -12,18 +12,21 @@ from functools import partial
 from typing import assert_never
 
 from kvmd.actions import (
+    BindDevice,
     EnsureBridge,
     EnsureSwapFile,
     EnsureZram,
     HostAction,
     LoadModule,
     MountHugetlbfs,
+    ReleaseDevice,
     RemoveBridge,
     RemoveSwapFile,
     RemoveZram,
     ReplaceRuleset,
     SetHugepages,
     SetPortVlans,
+    SetVfs,
     ShapePort,
     StartDnsmasq,
     StopDnsmasq,
@@ -33,6 +36,7 @@ from kvmd.actions import (
 )
 from kvmd.effects import hugetlbfs, modules, nft, records, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
+from kvmd.effects.hostdevices import HostDevices
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
@@ -52,6 +56,7 @@ class HostApplier:
         self._dnsmasqs = dnsmasqs
         self._store = store
         self._boot_id = tree.boot_id()
+        self._devices = HostDevices(tree, netlink, store, self._boot_id)  # journals for itself
         self._journalling = True
         self.knobs = asyncio.Lock()  # held where a knob and its record are written, or read together
 
@@ -123,6 +128,12 @@ class HostApplier:
             case UnloadModule():
                 await modules.unload(self._tree, action.name)
                 self._store.forget(records.module_key(action.name))
+            case SetVfs():
+                await self._devices.set_vfs(action)
+            case BindDevice():
+                await self._devices.take(action)
+            case ReleaseDevice():
+                await self._devices.give_back(action)
             case _:
                 assert_never(action)
 

@@ -19,14 +19,14 @@ import re
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_interface
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvmd.actions import EnsureBridge, RemoveBridge, SetPortVlans
+from kvmd.actions import EnsureBridge, RemoveBridge, SetPortVlans, VfPort
 from kvmd.errors import Conflict, HostFailed, KvmdError, NotSupported
 from kvmd.facts import Link, Tbf, VlanRange
 from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
@@ -55,6 +55,7 @@ _IFF_VNET_HDR = 0x4000
 _IFF_TUN_EXCL = 0x8000
 _ADDR_GEN_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h: no fe80 address of the host on a guest's TAP
 TC_H_ROOT = 0xFFFFFFFF  # linux/pkt_sched.h
+_VF_INFO = 1  # RTEXT_FILTER_VF, linux/rtnetlink.h
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # the kernel itself would expand "%d" and take a comma
 
 _HINTS = {
@@ -338,6 +339,34 @@ class Netlink:
             )
         await self._link(f"remove bridge {name}", "del", index=link.index, gone_ok=True)
 
+    async def vf(self, link: str, index: int) -> VfPort | None:
+        """How a physical function treats its virtual one; None when its driver does not say. HostFailed."""
+        what = f"read virtual function {index} of {link}"
+        messages = await self._request(what, lambda route: route.link("get", ifname=_checked(link), ext_mask=_VF_INFO))
+        return next((found for found in vf_ports(link, (messages or [{}])[0]) if found.index == index), None)
+
+    async def set_vf(self, port: VfPort) -> None:
+        """MAC, VLAN and spoof check of a virtual function, set on its physical one, which the guest cannot change.
+
+        HostFailed; a driver that has no spoof check is left without.
+        """
+        try:
+            index = socket.if_nametoindex(_checked(port.link))
+        except OSError:
+            raise HostFailed(f"there is no interface {port.link}, whose virtual function was to be set") from None
+        what = f"set virtual function {port.index} of {port.link}"
+        wanted: dict[str, Any] = {"vf": port.index, "mac": port.mac}
+        await self._link(f"{what}: MAC {port.mac}", "set", index=index, vf=dict(wanted))
+        await self._link(f"{what}: VLAN {port.vlan}", "set", index=index, vf={"vf": port.index, "vlan": port.vlan})
+        if port.spoofchk is None:
+            return
+        check = {"vf": port.index, "spoofchk": int(port.spoofchk)}
+        try:
+            await self._link(f"{what}: spoof check", "set", index=index, vf=check)
+        except HostFailed as error:
+            if error.details.get("errno") != errno.EOPNOTSUPP:
+                raise
+
     async def open_tap(
         self,
         name: str,
@@ -487,6 +516,24 @@ def _taprefused(name: str, error: OSError) -> KvmdError:
         hint = f"`ip -d link show {name}` says whose it is; a QEMU that still runs may hold it"
         return Conflict(f"TAP {name}: a link of that name exists already; it is left alone", hint=hint, link=name)
     return refused(f"make TAP {name}", error)
+
+
+def vf_ports(link: str, message: Any) -> Iterator[VfPort]:
+    """The virtual functions a link message tells of (IFLA_VFINFO_LIST, linux/if_link.h)."""
+    listed = message.get("IFLA_VFINFO_LIST") or message.get("vfinfo_list")
+    for _, info in listed["attrs"] if listed else ():
+        found = dict(info["attrs"])
+        if "IFLA_VF_MAC" not in found:
+            continue
+        vlan, check = found.get("IFLA_VF_VLAN"), found.get("IFLA_VF_SPOOFCHK")
+        yield VfPort(
+            link=link,
+            index=found["IFLA_VF_MAC"]["vf"],
+            mac=found["IFLA_VF_MAC"]["mac"],
+            vlan=vlan["vlan"] if vlan else 0,
+            # a driver that cannot say shows all ones (net/core/rtnetlink.c, rtnl_fill_vfinfo)
+            spoofchk=bool(check["spoofchk"]) if check and check["spoofchk"] in (0, 1) else None,
+        )
 
 
 def _address(message: Any) -> str | None:

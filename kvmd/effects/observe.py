@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmd.config.desired import Desired
-from kvmd.effects import hugetlbfs, listeners, modules, nft, swap
+from kvmd.effects import hugetlbfs, listeners, modules, nft, pci, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, ruleset_key
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
-from kvmd.facts import Facts, JournalEntry
+from kvmd.facts import Facts, Iommu, JournalEntry
 from kvmd.plan import hugetlbfs as hugetlbfs_plan
 from kvmd.plan import modules as module_plan
-from kvmd.plan import network
+from kvmd.plan import network, vfio
 from kvmd.plan.ksm import KNOBS
 from kvmd.plan.nfttable import NETWORKS, PORTS
 from kvmd.plan.ports import has_fence
@@ -40,9 +41,10 @@ class HostObserver:
         mounts = {e.subject: e.original for e in journal if e.kind == EffectKind.HUGETLBFS}
         memory_paths = mounts.keys() | hugetlbfs_plan.wanted(desired.guests).keys()
         zrams = swap.observe_zrams(self.tree)
+        with_pci = vfio.is_concerned(desired, [entry.kind for entry in journal])
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
         filtering = any(net.network.vlan_filtering for net in desired.networks.values())
-        links = await self.netlink.observe_links(vlans=filtering) if with_networks else ()
+        links = await self.netlink.observe_links(vlans=filtering) if with_networks or with_pci else ()
         with_fences = any(has_fence(nic) for guest in desired.guests.values() for nic in guest.nic.values())
         with_fences = with_fences or ruleset_key(PORTS) in {entry.key for entry in journal}
         return Facts(
@@ -58,6 +60,14 @@ class HostObserver:
             swaps=swap.observe_swaps(self.tree, (*sorted(swap_paths), *(zram.path for zram in zrams or ()))),
             swap_files=tuple(swap.observe_file(self.tree, path) for path in sorted(swap_paths)),
             zrams=zrams,
+            pci=pci.observe(self.tree, links) if with_pci else None,
+            iommu=pci.observe_iommu(self.tree) if with_pci else Iommu(),
+            reservations=self.reservations(journal),
+            vfs_before={
+                entry.subject: int(entry.original.partition(",")[0])
+                for entry in journal
+                if entry.kind == EffectKind.SRIOV
+            },
             links=links,
             vlan_filtering=await self.netlink.can_filter_vlans(links) if filtering else None,
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
@@ -66,3 +76,19 @@ class HostObserver:
             listeners=listeners.observe(self.tree) if any(net.forward for net in desired.networks.values()) else (),
             dnsmasq=self.dnsmasqs.observe(),
         )
+
+    async def observe_devices(self, journal: Sequence[JournalEntry]) -> Facts:
+        """The PCI functions and who has them, for a guest that starts. HostFailed."""
+        links = await self.netlink.observe_links()
+        return Facts(
+            boot_id=self.tree.boot_id(),
+            pci=await asyncio.to_thread(pci.observe, self.tree, links),
+            iommu=pci.observe_iommu(self.tree),
+            reservations=self.reservations(journal),
+            links=links,
+        )
+
+    @staticmethod
+    def reservations(journal: Sequence[JournalEntry]) -> Mapping[str, str]:
+        """PCI function -> guest it was bound for."""
+        return {entry.subject: entry.new for entry in journal if entry.kind == EffectKind.VFIO}

@@ -119,18 +119,23 @@ def limit_core(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
 
 
-def allow_locking(guest: str, pid: int) -> None:
-    """Let a launcher's QEMU lock all of its memory (mlockall(2)); what it may come to need cannot be known. HostFailed.
+def allow_locking(guest: str, pid: int, amount: int | None) -> None:
+    """Let a launcher's QEMU lock so many bytes (mlockall(2), VFIO), None: all it comes to need. HostFailed.
 
     A unit has the same from its drop-in; there it is in force already.
     """
     try:
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
+        if hard == resource.RLIM_INFINITY or (amount is not None and hard >= amount):
+            amount = hard
+        limit = resource.RLIM_INFINITY if amount is None else amount
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, limit))
     except ProcessLookupError:
         return
     except OSError as error:
         raise HostFailed(
-            f"guest {guest}: cannot raise RLIMIT_MEMLOCK for memory.lock: {error.strerror}",
+            f"guest {guest}: cannot raise RLIMIT_MEMLOCK, which memory.lock and devices of the host need: "
+            f"{error.strerror}",
             hint="kvmd needs CAP_SYS_RESOURCE",
         ) from None
 

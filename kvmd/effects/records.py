@@ -26,6 +26,9 @@ class EffectKind(StrEnum):
     HUGETLBFS = "hugetlbfs"
     SWAP_FILE = "swapfile"
     ZRAM = "zram"
+    SRIOV = "sriov"
+    VFIO = "vfio"
+    VFIO_GROUP = "vfio_group"
 
 
 OUTLIVE_BOOT = (EffectKind.SWAP_FILE,)  # what a reboot does not undo
@@ -74,6 +77,21 @@ def swap_file_key(path: str) -> str:
 def zram_key() -> str:
     """Journal key of kvmd's zram device. Its number is the entry's `new` as soon as there is one."""
     return f"{EffectKind.ZRAM}:swap"
+
+
+def sriov_key(device: str) -> str:
+    """Journal key of a device's number of virtual functions; the original is "NUMBER,AUTOPROBE"."""
+    return f"{EffectKind.SRIOV}:{device}"
+
+
+def vfio_key(device: str) -> str:
+    """Journal key of a PCI function bound for a guest, whose name is `new`: while it is there it is reserved."""
+    return f"{EffectKind.VFIO}:{device}"
+
+
+def vfio_group_key(group: int) -> str:
+    """Journal key of the node of an IOMMU group; the original is "UID:GID:MODE"."""
+    return f"{EffectKind.VFIO_GROUP}:{group}"
 
 
 @dataclass(frozen=True, slots=True)

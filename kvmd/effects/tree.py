@@ -7,6 +7,7 @@ is a fact. A write that fails is never silent. Nothing here knows what any file 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from kvmd.errors import HostFailed
@@ -55,6 +56,13 @@ class Tree:
         finally:
             os.close(fd)
 
+    def link(self, path: str) -> str | None:
+        """Where a symbolic link points, as it says itself; None when it is none."""
+        try:
+            return os.readlink(self._prefix + path)  # noqa: PTH115 - a text, no path
+        except OSError:
+            return None
+
     def number(self, path: str) -> int | None:
         """A decimal number, None when absent or not one ("-1" and "max" style answers included as they are)."""
         text = self.read(path)
@@ -98,6 +106,22 @@ class Tree:
     def exists(self, path: str) -> bool:
         """True when something is there, readable or not."""
         return self.path(path).exists()
+
+    def owner(self, path: str) -> tuple[int, int, int] | None:
+        """Uid, gid and permission bits, None when there is nothing."""
+        try:
+            found = self.path(path).stat()
+        except OSError:
+            return None
+        return found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)
+
+    def give(self, path: str, uid: int, gid: int, mode: int) -> None:
+        """Make a node someone's. HostFailed."""
+        try:
+            os.chown(self.path(path), uid, gid)
+            self.path(path).chmod(mode)
+        except OSError as error:
+            raise HostFailed(f"cannot give {path} to uid {uid}: {error.strerror}", path=path) from error
 
     def write(self, path: str, value: str) -> None:
         """Write `value` in one write(2), into an existing file only. Raises HostFailed."""

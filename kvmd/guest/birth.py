@@ -20,6 +20,7 @@ from kvmd.effects.process import Watched, allow_locking, spawn_launcher
 from kvmd.effects.records import GuestRun
 from kvmd.errors import Conflict, HostFailed, TimedOut
 from kvmd.guest.services import Decided, Services
+from kvmd.plan.vfio import memlock_bytes
 from kvmd.qemu.fds import Launch
 
 LAUNCHER_TIMEOUT_S = 30.0  # a loaded machine boots twenty guests; systemd itself may be busy
@@ -82,6 +83,7 @@ class Birth:
 
     async def _launch(self, decided: Decided) -> Newborn:
         self.services.store.begin_start(decided.run)
+        await self.services.take_devices(self.name, decided)
         if self.services.units is None:
             self._spawned = self._spawn()
             self.services.record_process(decided.run, self._spawned)
@@ -95,8 +97,9 @@ class Birth:
             process = self._spawned or self._watch(asking)
             if not self._spawned:
                 record = self.services.record_process(decided.run, process)
-            if decided.guest.memory.lock:
-                allow_locking(self.name, process.process.pid)
+            if decided.guest.memory.lock or decided.guest.passthrough:
+                limit = None if decided.guest.memory.lock else memlock_bytes(decided.guest)
+                allow_locking(self.name, process.process.pid, limit)
             spec = Spec(decided.run.uid, self.services.qemu_gid or decided.run.uid, self.services.qemu_groups, argv)
             asking.hand_over(spec, descriptors.pairs)
         self._spawned = None
@@ -107,7 +110,11 @@ class Birth:
             gid=spec.gid,
             groups=spec.groups,
             argv=argv,
-            open=tuple(descriptors.described),
+            # a device of the host is bound by kvmd alone: standby.py knows no such kind, and says so
+            open=(
+                *descriptors.described,
+                *({"fd": 0, "kind": f"{grant.key} (a device of the host)"} for grant in decided.grants),
+            ),
             config=record.config_text,
         )
         return Newborn(process, record, launch, last)

@@ -19,12 +19,19 @@ def pending_changes(run: GuestRun | None, guest: Guest | None) -> tuple[str, ...
     if text == run.config_text:
         return ()
     old, new = started_config(run), json.loads(text)
-    return tuple(key for key in _differences(old, new) if _needs_restart(key))
+    return tuple(key for key in _differences(old, new) if _needs_restart(key) or _is_of_a_function(key, guest))
 
 
 def _needs_restart(key: str) -> bool:
     found = keys_of("guests.d").get(".".join(generic("guests.d", tuple(key.split(".")))))
     return found is not None and found.applies == "restart"
+
+
+def _is_of_a_function(key: str, guest: Guest) -> bool:
+    """The VLAN of a virtual function is set before it is given to the guest."""
+    table, _, rest = key.partition(".")
+    name, _, word = rest.partition(".")
+    return table == "nic" and word == "vlan" and name in guest.nic and guest.nic[name].type == "vf"
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

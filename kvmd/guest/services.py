@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvmd.config.desired import Desired, Loaded
 from kvmd.config.guest import DEFAULT_PAGE_SIZE, Guest, Limits
@@ -45,6 +45,7 @@ from kvmd.plan.cpus import Placement
 from kvmd.plan.links import tap_name
 from kvmd.plan.ports import has_fence, tbf_of
 from kvmd.plan.units import drop_in
+from kvmd.plan.vfio import Grant
 from kvmd.plan.vlans import wanted_vlans
 from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
@@ -62,6 +63,16 @@ async def _nothing_provided() -> str | None:
 Publish = Callable[[str, str | None, str | None, Mapping[str, Any]], None]  # type, guest, actor, data
 
 
+class Devices(Protocol):
+    """Devices of the host for guests (`kvmd.guest.passthrough`)."""
+
+    async def settle(self, name: str, macs: Mapping[str, str]) -> tuple[Grant, ...]: ...
+
+    async def take(self, name: str, uid: int, grants: tuple[Grant, ...]) -> None: ...
+
+    async def give_back(self, name: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """What is settled about a start before anything of the host is touched."""
@@ -74,6 +85,7 @@ class Decided:
     caps: Capabilities
     emulator: str  # absolute path
     placement: Placement | None
+    grants: tuple[Grant, ...] = ()  # devices of the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,7 @@ class Services:
     provide: Callable[[], Awaitable[str | None]] = _nothing_provided  # the manager's: grows automatic pools
     pages: PageBook = field(default_factory=PageBook)
     fence: Callable[[], Awaitable[None]] = field(default=_no_fence)  # the manager's: HostFailed
+    devices: Devices | None = None  # the manager's
     settled: asyncio.Event = field(
         default_factory=asyncio.Event
     )  # all adopted guests' CPUs are known: starts may place
@@ -159,6 +172,7 @@ class Services:
         accel, warning = await self._accel(guest, emulator)
         caps = await self._capabilities(emulator, accel)
         ident = self._allot_identity(name, guest, caps)
+        grants = await self.devices.settle(name, ident.macs) if self.devices else ()
         low, high = self.loaded.desired.daemon.qemu.uid_range
         run = GuestRun(
             name=name,
@@ -169,7 +183,7 @@ class Services:
             begun_at=self.now(),
             config_text=guest.model_dump_json(by_alias=True),
         )
-        return Decided(guest, run, ident, accel, warning, caps, emulator, placement)
+        return Decided(guest, run, ident, accel, warning, caps, emulator, placement, grants)
 
     async def explain(self, name: str) -> tuple[explain.Line, ...]:
         """Every value of the guest that its file does not say, with the reason. As `decide`, without touching state."""
@@ -260,6 +274,7 @@ class Services:
                 memory_nodes=backing.nodes,
                 vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
                 sandbox=daemon.qemu.sandbox,
+                functions={grant.id: grant.device.address for grant in decided.grants},
             )
             files.ensure_dir(opener.log_dir, 0o750)
             files.ensure_dir(opener.run_dir, 0o711)
@@ -356,6 +371,16 @@ class Services:
         with contextlib.suppress(QemuFailed, KeyError, TypeError, ValueError):
             return int((await monitor.execute("query-balloon"))["actual"])
         return None
+
+    async def take_devices(self, name: str, decided: Decided) -> None:
+        """Take the guest's devices of the host; its run is on record. KvmdError."""
+        if self.devices and decided.grants:
+            await self.devices.take(name, decided.run.uid, decided.grants)
+
+    async def give_back_devices(self, name: str) -> None:
+        """After the end of a guest's run: its devices go back to their drivers."""
+        if self.devices:
+            await self.devices.give_back(name)
 
     def find_qemu(self, run: GuestRun) -> Process | None:
         """The QEMU of a run whose process was never recorded: by its UUID, and only under the uid it was given."""

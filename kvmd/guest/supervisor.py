@@ -430,6 +430,7 @@ class Supervisor:
         self.services.clean_up(self.name)
         life = self.status.life
         self.services.store.end_run(self.name, str(life.cause or ""), life.reason, self.services.now())
+        self._spawn(self.services.give_back_devices(self.name), "devices")
         self.status = replace(self.status, process=None, balloon_bytes=None, warnings=())
 
     def _want_stopped(self, actor: str, reason: str) -> None:

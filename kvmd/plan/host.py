@@ -13,8 +13,24 @@ from kvmd.actions import Action, AnyAction, Disruption, Problem, RemoveBridge, R
 from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts
-from kvmd.plan import admission, cpus, guests, hugepages, hugetlbfs, ksm, modules, network, ports, swap, units
+from kvmd.plan import (
+    admission,
+    cpus,
+    guests,
+    hugepages,
+    hugetlbfs,
+    ksm,
+    modules,
+    network,
+    ports,
+    sriov,
+    swap,
+    units,
+    vfio,
+)
 from kvmd.plan.yielding import Yielded, give_way
+
+_Part = tuple[tuple[Action, ...], tuple[Problem, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,7 @@ def plan(
         swap.plan_swap(host, facts),
         plan_pools(desired, facts, originals),
         hugetlbfs.plan_hugetlbfs(desired.guests, facts),
+        *_devices(desired, facts),
         network.plan_network(desired.networks, desired.guests, macs, facts),
         ports.plan_ports(desired.networks, desired.guests, macs, uuids, facts),
         cpus.plan_pins(desired.guests, host, facts),
@@ -94,6 +111,14 @@ def plan_pools(
     return hugepages.plan_hugepages(host.hugepages, needs, facts, reserve=reserve, originals=originals)
 
 
+def _devices(desired: Desired, facts: Facts) -> tuple[_Part, ...]:
+    """PCI: what comes back first, then pools, for which nothing may be in use."""
+    pools, pool_problems = sriov.plan_sriov(desired.host.sriov, facts)
+    coming = frozenset(action.pool for action in pools if action.new)
+    releases, problems = vfio.plan_passthrough(desired, facts, coming)
+    return (releases, problems), (pools, pool_problems)
+
+
 def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:
     """Hugepages of every declared guest that is backed by them."""
     return {name: need for name, guest in declared.items() if (need := page_need(guest))}
@@ -119,7 +144,7 @@ def candidate(name: str, guest: Guest) -> admission.Candidate:
         name,
         guest.memory.size,
         in_hugepages=guest.memory.hugepage_size is not None,
-        locked=guest.memory.lock,
+        locked=guest.memory.lock or bool(guest.passthrough),
         guaranteed_bytes=guest.memory.guaranteed or 0,
     )
 

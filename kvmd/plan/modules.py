@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from kvmd.actions import Action, LoadModule, Problem
 from kvmd.config.desired import Desired
 from kvmd.facts import Facts, Module
+from kvmd.plan.vfio import MODULE
 
 # What a module is loaded for: without its node (devtmpfs makes it) the module is of no use.
 NODES: Mapping[str, str] = {
@@ -28,7 +29,9 @@ _MADE_BY_HAND = {"/dev/net/tun": "mkdir -p /dev/net && mknod -m 0666 /dev/net/tu
 
 def wanted(desired: Desired) -> Mapping[str, str]:
     """Modules to have, each with the reason."""
-    return dict.fromkeys(desired.host.modules.load, "modules.load names it")
+    needing = sorted(name for name, guest in desired.guests.items() if guest.passthrough)
+    implied = {MODULE: f"guest {needing[0]} is given {desired.guests[needing[0]].passthrough[0]}"} if needing else {}
+    return implied | dict.fromkeys(desired.host.modules.load, "modules.load names it")
 
 
 def plan_modules(desired: Desired, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from kvmd.actions import (
     HostAction,
+    ReleaseDevice,
     RemoveBridge,
     RemoveSwapFile,
     RemoveZram,
     ReplaceRuleset,
     SetHugepages,
+    SetVfs,
     StopDnsmasq,
     UnloadModule,
     UnmountHugetlbfs,
@@ -24,6 +26,7 @@ from kvmd.actions import (
 from kvmd.facts import Facts
 from kvmd.plan import swap
 from kvmd.plan.nfttable import PORTS
+from kvmd.plan.sriov import in_use
 
 WHY = "kvmd lets go of the host"
 
@@ -39,7 +42,8 @@ class Undo:
 
 def plan_release(entries: Iterable[tuple[str, str, str, str]], facts: Facts) -> tuple[Undo, ...]:
     """What undoes each `(kind, subject, original, new)` of the journal."""
-    undos = [_undo(kind, subject, original, new, facts) for kind, subject, original, new in entries]
+    # the node of an IOMMU group goes back with the last function in it
+    undos = [_undo(*entry, facts) for entry in entries if entry[0] != "vfio_group"]
     return tuple(reversed(undos))
 
 
@@ -82,10 +86,27 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
             return Undo(key, remove if there is not None else None)
         case "dnsmasq":
             return Undo(key, StopDnsmasq(network=subject, why=WHY))
+        case "vfio":
+            return Undo(key, ReleaseDevice(device=subject, guest=new, why=WHY))
+        case "sriov":
+            return _vfs(key, subject, original, facts)
         case "module":
             return _module(key, subject, facts)
         case _:
             return Undo(key, None, kept=f"{key} was written by another version of kvmd")
+
+
+def _vfs(key: str, device: str, original: str, facts: Facts) -> Undo:
+    number, _, autoprobe = original.partition(",")
+    found = next((each for each in facts.pci or () if each.address == device), None)
+    if found is None:
+        return Undo(key, None)
+    name = found.links[0] if found.links else device
+    users = in_use(found, facts)
+    if users:
+        return Undo(key, None, kept=f"{name} keeps its {found.vfs} virtual functions: {', '.join(users)}")
+    action = SetVfs(device=device, pool=name, old=found.vfs, new=int(number), autoprobe=autoprobe == "1", why=WHY)
+    return Undo(key, action)
 
 
 def _module(key: str, name: str, facts: Facts) -> Undo:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from kvmd.actions import Action, Disruption, EnableGuest, WriteDropIn
 from kvmd.config.guest import Guest
 from kvmd.facts import Facts, GuestUnit
+from kvmd.plan.vfio import memlock_bytes
 
 HEADER = (
     "# Written by kvmd from guests.d/{name}.toml and replaced whenever that changes. Yours: another file beside this.\n"
@@ -90,7 +91,14 @@ def _service_lines(guest: Guest) -> Iterator[tuple[str, str]]:
             user_nic,
             "PrivateNetwork=no\nIPAddressDeny=\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
         )
-    if guest.memory.lock:
+    memlock = memlock_bytes(guest)
+    if memlock is not None:
+        # Any group as far as the cgroup goes; which one it is shows when it is bound. Its node is its uid's alone.
+        yield (
+            guest.passthrough[0],
+            f"BindPaths=/dev/vfio\nDeviceAllow=/dev/vfio/vfio rw\nDeviceAllow=char-vfio rw\nLimitMEMLOCK={memlock}\n",
+        )
+    if guest.memory.lock:  # after the other: the last one counts
         yield "memory.lock", "LimitMEMLOCK=infinity\n"
     if guest.memory.guaranteed:
         yield "memory.guaranteed", f"MemoryLow={int(guest.memory.guaranteed)}\n"

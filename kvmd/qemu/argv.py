@@ -13,7 +13,7 @@ from types import MappingProxyType
 from kvmd.config.guest import Guest
 from kvmd.errors import NotSupported, Refused
 from kvmd.facts import EMPTY
-from kvmd.qemu import defaults, devices, memory, network, storage
+from kvmd.qemu import defaults, devices, memory, network, passthrough, storage
 from kvmd.qemu.caps import Accel, Capabilities, near
 from kvmd.qemu.fds import Expectation, FdTable, Launch
 from kvmd.qemu.identity import Identity
@@ -38,19 +38,18 @@ def build(
     prealloc_threads: int = 0,
     vhost: bool = False,
     sandbox: bool = True,
+    functions: Mapping[str, str] = EMPTY,
 ) -> Launch:
     """Everything needed to start `guest`.
 
     `run_dir`: the guest's own, RUN/guests/NAME; `images`: what was seen of each disk's image; `mtus`: of each NIC's
     network; `hugepages` False: the pool is too small now, fall back if the file allows; `memory_nodes`: host nodes to
     bind memory to; `prealloc_threads`: 0 is one for each vCPU; `vhost`: /dev/vhost-net works; `sandbox`: kvmd.toml's
-    word, the guest's file can only switch it off.
+    word, the guest's file can only switch it off; `functions`: PCI function of the host behind each device that is one.
     Raises Refused and NotSupported, naming the key, for what this guest cannot have.
     """
     machine = _machine(name, identity, caps)
-    topology = defaults.topology(name, guest.cpu)
-    if topology.vcpus > caps.machines[machine].cpu_max:
-        raise Refused(f"guest {name}: {topology.vcpus} vCPUs, {machine} takes {caps.machines[machine].cpu_max}")
+    topology = _topology(name, guest, caps, machine)
     boot = {device: index for index, device in enumerate(defaults.boot_order(name, guest), 1)}
     threads = prealloc_threads or topology.vcpus
     fds = FdTable()
@@ -61,6 +60,7 @@ def build(
     serials = devices.serials(name, guest, identity, caps, fds)
     drives = storage.drives(name, guest, identity, caps, fds, images, boot)
     cards = network.cards(name, guest, identity, caps, fds, mtus, boot, vhost=vhost)
+    given = passthrough.given(name, guest, identity, caps, functions, boot)
     socket = devices.display_socket(name, run_dir) if guest.display.type == "vnc" else None
     extras = devices.extras(name, guest, identity, caps, fds)
     kernel = devices.kernel(guest, fds)
@@ -82,7 +82,7 @@ def build(
         "-boot", f"strict=on,menu={'on' if guest.boot.menu else 'off'}",
         *_action(name, caps),
         *fds.arguments,
-        *monitors, *serials, *drives.args, *cards.args,
+        *monitors, *serials, *drives.args, *cards.args, *given.args,
         *devices.display(name, guest, identity, caps, socket),
         *extras, *kernel,
         *guest.qemu.extra_args,
@@ -98,10 +98,18 @@ def build(
             disks=MappingProxyType(drives.shown),
             readonly=frozenset(drives.readonly),
             nics=MappingProxyType(cards.macs),
+            functions=MappingProxyType(given.functions),
         ),
         display_socket=socket,
         warnings=(*warnings, *drives.warnings, *_unusual(guest, accel, sandboxed=sandboxed)),
     )
+
+
+def _topology(name: str, guest: Guest, caps: Capabilities, machine: str) -> defaults.Topology:
+    found = defaults.topology(name, guest.cpu)
+    if found.vcpus > caps.machines[machine].cpu_max:
+        raise Refused(f"guest {name}: {found.vcpus} vCPUs, {machine} takes {caps.machines[machine].cpu_max}")
+    return found
 
 
 def _machine(name: str, identity: Identity, caps: Capabilities) -> str:

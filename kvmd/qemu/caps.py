@@ -55,6 +55,8 @@ DEVICES = (
     "virtserialport",
     "isa-serial",
     "pvpanic-pci",
+    "vfio-pci",
+    "pcie-root-port",
     "VGA",
     "virtio-vga",
     "cirrus-vga",

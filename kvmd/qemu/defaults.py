@@ -98,7 +98,8 @@ def pci_devices(guest: Guest, machine: str) -> tuple[str, ...]:
     found = ["video"] if video_model(guest) != "none" else []
     found += [f"disk-{name}" for name, disk in guest.disk.items() if places.disk_bus(disk, machine) in PCI_DISKS]
     found += [f"nic-{name}" for name in nics(guest)]
-    found += ["balloon"] if guest.memory.ballooned else []
+    found += [f"hostdev-{name}" for name in guest.hostdev]
+    found += ["balloon"] if guest.ballooned else []
     found += ["rng"] if guest.rng.source else []
     found += ["agent"] if guest.agent.enabled else []
     found += ["pvpanic"] if guest.pvpanic.enabled else []
@@ -131,6 +132,7 @@ def boot_order(name: str, guest: Guest) -> tuple[str, ...]:
     cds = tuple(key for key, disk in named.items() if disk.media == "cdrom")
     disks = tuple(key for key in named if key not in floppies + cds)
     cards = tuple(f"nic-{key}" for key in nics(guest))
+    others = tuple(f"hostdev-{key}" for key in guest.hostdev)
     order = guest.boot.order
     if order is None:
         return disks + cds + floppies + cards
@@ -141,6 +143,6 @@ def boot_order(name: str, guest: Guest) -> tuple[str, ...]:
         return tuple(device for letter in order for device in letters.get(letter, ()))
     wanted = tuple(device.replace(".", "-", 1) for device in order)
     for key, device in zip(order, wanted, strict=True):
-        if device not in disks + cds + floppies + cards:
+        if device not in disks + cds + floppies + cards + others:
             raise Refused(f"guest {name}: boot.order names {key}, which this guest cannot boot from")
     return wanted

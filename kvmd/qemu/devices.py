@@ -91,7 +91,7 @@ def kernel(guest: Guest, fds: FdTable) -> list[str]:
 def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds: FdTable) -> list[str]:
     """Balloon, randomness, agent channel, panic notifier."""
     found: list[str] = []
-    if guest.memory.ballooned:
+    if guest.ballooned:
         found += _pci(
             caps,
             f"guest {name}: memory.balloon",

@@ -84,7 +84,9 @@ def _memory(guest: Guest) -> Iterator[Line]:
         reason = "hugepages taken from a guest would give the host nothing" if page else "without it no memory can move"
         if memory.lock and not page:
             reason = "locked memory is never given back"
-        yield Line("memory.balloon.enabled", str(memory.ballooned).lower(), reason)
+        if guest.passthrough:
+            reason = f"{guest.passthrough[0]} may write to any of its memory at any time"
+        yield Line("memory.balloon.enabled", str(guest.ballooned).lower(), reason)
     if memory.nodes and memory.policy is None:
         yield Line("memory.policy", "bind", "memory.nodes are the only ones it comes from")
     if memory.ksm_group is None:

@@ -7,8 +7,9 @@ the launcher moves it there. Same guest, same numbers: the arguments can be read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvmd.facts import EMPTY
 from kvmd.qemu.text import double
 
 FIRST_FD = 10  # 0 to 2 are stdio; a few stay free for what the launcher may need
@@ -97,6 +98,7 @@ class Expectation:
     disks: Mapping[str, str | None]  # device id -> node name, None: a drive without medium
     readonly: frozenset[str]  # device ids
     nics: Mapping[str, str]  # device id -> MAC, of the models that can be asked
+    functions: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # device id -> PCI function of the host
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ def _free_text(slots: Mapping[str, str], fixed: frozenset[int]) -> str:
 
 def _key_of(device: str) -> str:
     """ "disk.root" of "disk-root": as the file writes it."""
-    return device.replace("-", ".", 1) if device.startswith(("disk-", "nic-")) else device
+    return device.replace("-", ".", 1) if device.startswith(("disk-", "nic-", "hostdev-")) else device
 
 
 _HEADER = """\

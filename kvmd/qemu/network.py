@@ -40,6 +40,8 @@ def cards(
     """Arguments of all NICs in the order of the file; `mtus`: of their networks. Raises Refused and NotSupported."""
     found = Cards()
     for key, nic in defaults.nics(guest).items():
+        if nic.type == "vf":
+            continue  # a card of its own: passthrough.py
         backend = _user(key, nic, caps, name) if nic.type == "user" else _tap(name, key, nic, caps, fds, vhost=vhost)
         device = _device(name, key, nic, identity, caps, mtus.get(key), boot.get(f"nic-{key}"))
         found.args += ["-netdev", to_json(backend), *device_args(caps, f"guest {name}: nic.{key}", device)]

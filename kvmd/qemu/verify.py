@@ -46,7 +46,11 @@ def queries(launch: Launch) -> tuple[Query, ...]:
         Query(f"mac:{device}", "qom-get", {"path": f"/machine/peripheral/{device}", "property": "mac"})
         for device in launch.expect.nics
     )  # `query-rx-filter` would say it too, in 24 kB a card
-    return (*(Query(command, command, {}) for command in plain), *macs)
+    functions = (
+        Query(f"function:{device}", "qom-get", {"path": f"/machine/peripheral/{device}", "property": "host"})
+        for device in launch.expect.functions
+    )
+    return (*(Query(command, command, {}) for command in plain), *macs, *functions)
 
 
 def check_running(launch: Launch, replies: Mapping[str, Any]) -> tuple[Mismatch, ...]:
@@ -76,12 +80,23 @@ def _differences(launch: Launch, replies: Mapping[str, Any]) -> Iterator[Mismatc
     yield from _memory(expect.memory_bytes, replies.get("query-memory-size-summary"))
     if expect.disks:
         yield from _disks(expect.disks, expect.readonly, replies.get("query-block"))
+    yield from _functions(expect.functions, replies)
     for device, mac in expect.nics.items():
         seen = replies.get(f"mac:{device}")
         if not isinstance(seen, str):
             yield _unanswered(f"MAC of {device}", mac)
         elif seen.lower() != mac:
             yield Mismatch(f"MAC of {device}", mac, _shown(seen), "refuse")
+
+
+def _functions(asked: Mapping[str, str], replies: Mapping[str, Any]) -> Iterator[Mismatch]:
+    """Devices of the host: another one than was asked for is another guest's."""
+    for device, address in asked.items():
+        seen = replies.get(f"function:{device}")
+        if not isinstance(seen, str):
+            yield _unanswered(device, address)
+        elif seen.lower() != address:
+            yield Mismatch(device, address, _shown(seen), "refuse")
 
 
 def _memory(asked: int, reply: object) -> Iterator[Mismatch]:

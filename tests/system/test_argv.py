@@ -171,7 +171,7 @@ def _check_memory(qemu: RealQemu, name: str) -> None:
     assert memdev["merge"] is (guest.memory.ksm_group is not None)
     assert memdev["dump"] is False
     assert memdev["prealloc"] is guest.memory.preallocated
-    if guest.memory.ballooned:
+    if guest.ballooned:
         assert qemu.ask("query-balloon") == {"actual": guest.memory.size}
 
 

@@ -177,7 +177,48 @@ CASES = [
         [":7: boot.cmdline: holds a control character (U+000A); one line of plain text is wanted"],
     ),
     (GUEST, BASE + '[tpm]\nversion = "2.0"\n', [":6: tpm.version: not supported yet"]),
-    (GUEST, BASE + '[hostdev.gpu]\npci = "0000:01:00.0"\n', [":5: hostdev: not supported yet"]),
+    (
+        GUEST,
+        BASE + '[hostdev.gpu]\npci = "1:0.0"\n',
+        [':6: hostdev.gpu.pci: "1:0.0" is not a PCI function: write for example "0000:3b:00.0", as `lspci -D` does'],
+    ),
+    (
+        GUEST,
+        BASE + '[hostdev.gpu]\npci = "0000:3b:00.0"\n[hostdev.x]\npci = "3B:00.0"\n',
+        [":8: hostdev.x.pci: 0000:3b:00.0 is hostdev.gpu's too"],
+    ),
+    (
+        GUEST,
+        BASE + '[hostdev.gpu]\npci = "3b:00.0"\n[memory.balloon]\nenabled = true\n',
+        [
+            ":8: memory.balloon.enabled: a guest with hostdev.gpu cannot be ballooned: the device may write to any of "
+            "its memory (leave the key out)"
+        ],
+    ),
+    (GUEST, BASE + '[hostdev.stick]\nusb = "1234:5678"\n', [":6: hostdev.stick.usb: not supported yet"]),
+    (
+        GUEST,
+        BASE + '[nic.v]\ntype = "vf"\n',
+        [
+            ':5: nic.v: type = "vf" needs pool or pci (for example pool = "enp59s0f0", with [sriov.enp59s0f0] in '
+            "host.toml)"
+        ],
+    ),
+    (
+        GUEST,
+        BASE + '[nic.v]\ntype = "vf"\npool = "ens1"\nmodel = "e1000"\nvlan = 4095\n',
+        [":9: nic.v.vlan: 4095 is outside 1 to 4094"],
+    ),
+    (
+        GUEST,
+        BASE + '[nic.v]\ntype = "vf"\npool = "ens1"\nmodel = "e1000"\n',
+        [':8: nic.v.model: not with type = "vf": the guest sees the card itself (leave the key out)'],
+    ),
+    (
+        GUEST,
+        BASE + '[nic.v]\nnetwork = "lan"\npool = "ens1"\n',
+        [':7: nic.v.pool: only with type = "vf"'],
+    ),
     (
         GUEST,
         BASE + '[display]\ntype = "spice"\n',
@@ -333,7 +374,7 @@ CASES = [
     (
         GUEST,
         '[memory]\nsize = "1GiB"\n[nic.a]\ntype = "tap"\nifname = "tap0"\n',
-        [':4: nic.a.type: "tap" is not supported yet (supported: "user")', ":5: nic.a.ifname: not supported yet"],
+        [':4: nic.a.type: "tap" is not supported yet (supported: "user", "vf")', ":5: nic.a.ifname: not supported yet"],
     ),
     (
         GUEST,
@@ -777,7 +818,20 @@ CASES = [
         '[modules]\nload = ["-r"]\n',
         [':2: modules.load: "-r" is not a kernel module\'s name: a-z, 0-9, _ and -, for example "vhost_net"'],
     ),
-    (HOST, "[passthrough]\nallow = []\n", [":2: passthrough.allow: not supported yet"]),
+    (
+        HOST,
+        '[passthrough]\nallow = ["0000:3b:00.1/24"]\n',
+        [':2: passthrough.allow: "0000:3b:00.1/24": the span begins at 0000:3b:00.0; write "0000:3b:00.0/24"'],
+    ),
+    (
+        HOST,
+        '[passthrough]\nallow = ["0000:00:00.0/16"]\n',
+        [
+            ':2: passthrough.allow: "0000:00:00.0/16": a prefix from /20 to /32 is wanted (/24 a bus, /29 a device, '
+            "/32 a function)"
+        ],
+    ),
+    (HOST, "[sriov.ens1]\nvfs = -1\n", [":2: sriov.ens1.vfs: -1 is out of range: at least 0"]),
     (
         DAEMON,
         "[access]\nadmins = []\n",

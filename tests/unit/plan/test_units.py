@@ -146,3 +146,12 @@ def test_a_second_plan_is_empty_and_order_is_irrelevant(
             case EnableGuest():
                 there[old.guest] = GuestUnit(old.guest, old.drop_in, action.on)
     assert plan_units(guests, Facts(units=tuple(there.values())), prune=prune) == ()
+
+
+def test_a_device_of_the_host_opens_vfio_and_locks_all_memory() -> None:
+    text = drop_in("web", guest(hostdev={"gpu": {"pci": "0000:3b:00.0"}}))
+    assert text.endswith(
+        "\n[Service]\n# hostdev.gpu\nBindPaths=/dev/vfio\nDeviceAllow=/dev/vfio/vfio rw\nDeviceAllow=char-vfio rw\n"
+        "LimitMEMLOCK=2147483648\n"
+    )
+    assert "# nic.fast\n" in drop_in("web", guest(nic={"fast": {"type": "vf", "pool": "ens1"}}))

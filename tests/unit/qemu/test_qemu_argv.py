@@ -279,3 +279,59 @@ def test_fd_numbers_are_given_out_in_order_only() -> None:
     fds = FdTable()
     with pytest.raises(ValueError, match="not the next one"):
         fds.add(ListenUnix(FIRST_FD + 1, "qmp"))
+
+
+# ---- devices of the host ----------------------------------------------------------------------------------------
+
+GIVEN = {
+    "machine": {"default_nic": False},
+    "hostdev": {"gpu": {"pci": "0000:3b:00.0"}},
+    "nic": {"fast": {"type": "vf", "pool": "ens1"}},
+    "boot": {"order": ("nic.fast",)},
+}
+FUNCTIONS = {"hostdev-gpu": "0000:3b:00.0", "nic-fast": "0000:af:02.1"}
+
+
+def devices_of(launch: Launch) -> dict[str, dict[str, Any]]:
+    found = [json.loads(text) for text in after(launch, "-device") if text.startswith("{")]
+    return {device["id"]: device for device in found}
+
+
+def test_a_device_of_the_host_is_behind_a_root_port_of_its_own() -> None:
+    launch = built(guest_of(**GIVEN), functions=FUNCTIONS)
+    found = devices_of(launch)
+    port = found["port-hostdev-gpu"]
+    assert (port["driver"], port["bus"]) == ("pcie-root-port", "pcie.0")
+    assert found["hostdev-gpu"] == {
+        "driver": "vfio-pci",
+        "id": "hostdev-gpu",
+        "bus": "port-hostdev-gpu",
+        "addr": "00.0",
+        "host": "0000:3b:00.0",
+    }
+    assert found["nic-fast"]["host"] == "0000:af:02.1"
+    assert found["nic-fast"]["bootindex"] == 1
+    assert found["port-nic-fast"]["chassis"] != port["chassis"]
+    assert launch.expect.functions == FUNCTIONS
+    assert "-netdev" not in launch.args
+    assert "balloon" not in found
+
+
+def test_on_a_board_without_pci_express_it_is_on_the_bus_itself() -> None:
+    found = devices_of(built(guest_of(**GIVEN | {"machine": {"type": "pc"}}), functions=FUNCTIONS))
+    assert found["hostdev-gpu"]["bus"] == "pci.0"
+    assert not [device for device in found if device.startswith("port-")]
+
+
+def test_its_place_does_not_move_when_the_pool_gives_another_function() -> None:
+    guest = guest_of(**GIVEN)
+    places = [
+        devices_of(built(guest, functions=FUNCTIONS | {"nic-fast": address}))["port-nic-fast"]["addr"]
+        for address in ("0000:af:02.1", "0000:af:02.5")
+    ]
+    assert places[0] == places[1]
+
+
+def test_a_device_nobody_reserved_is_refused() -> None:
+    with pytest.raises(Refused, match=r"nic\.fast: no device of the host was reserved for it"):
+        built(guest_of(**GIVEN), functions={"hostdev-gpu": "0000:3b:00.0"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,3 +98,14 @@ JSON = st.recursive(
 def test_no_answer_raises(replies: dict[str, Any]) -> None:
     for difference in check_running(LAUNCH, replies):
         assert str(difference).isprintable()
+
+
+def test_another_device_of_the_host_is_refused() -> None:
+    launch = replace(LAUNCH, expect=replace(LAUNCH.expect, functions={"hostdev-gpu": "0000:3b:00.0"}))
+    asked = {query.label: query for query in queries(launch)}["function:hostdev-gpu"]
+    assert asked.arguments == {"path": "/machine/peripheral/hostdev-gpu", "property": "host"}
+    assert check_running(launch, good() | {"function:hostdev-gpu": "0000:3b:00.0"}) == ()
+    (found,) = check_running(launch, good() | {"function:hostdev-gpu": "0000:3b:00.1"})
+    assert (found.what, found.severity) == ("hostdev-gpu", "refuse")
+    (found,) = check_running(launch, good())
+    assert found.severity == "warn"
