@@ -67,6 +67,7 @@ DEAD_BAND_BYTES = 16 * MIB
 DEAD_BAND_FRACTION = 0.01
 GIVE_BACK_FRACTION = 0.5  # own: of the host's surplus, a tick
 GIFT_SETTLE_S = 20.0  # own: a gift is not seen in MemAvailable before the guest touches it
+RETURN_SETTLE_S = 10.0  # own: memory back from a balloon is not seen in MemAvailable before its huge pages are split
 
 # Moves and their consequences.
 SETTLE_S = 10.0  # own: a balloon that has not moved for so long has stopped

@@ -41,6 +41,7 @@ class Round:
     credit_bytes: int  # of the host's own spare memory, for pressed guests
     surplus_bytes: int  # of the host's own spare memory, for giving back
     pot_bytes: int  # delivered by donors
+    unseen_bytes: int  # delivered by donors for the host, and not in its figures yet
     advice_only: bool = False  # nothing will arrive: grants count on this very tick's takes
 
 
@@ -85,6 +86,7 @@ def _round(state: PolicyState, host: HostView, views: Sequence[GuestView], now: 
         credit_bytes=max(0, host.room_above(c.GRANT_KEEP) - owed) if lenient else 0,
         surplus_bytes=max(0, host.room_above(c.OK_ABOVE) - owed) if host.state is HostState.OK else 0,
         pot_bytes=state.pot_bytes,
+        unseen_bytes=state.unseen_bytes(now),
         advice_only=advice_only,
     )
 
@@ -137,11 +139,11 @@ def _is_below_guarantee(view: GuestView) -> bool:
 
 
 def _host_need_bytes(round_: Round, aim: float) -> int:
-    """What the host lacks up to this share, less what already comes back for it."""
+    """What the host lacks up to this share, less what already comes back for it or has come unseen."""
     if round_.host.state is HostState.OK:
         return 0
     coming = sum(view.returning_bytes - view.returning_for_guests_bytes for view in round_.views)
-    missing = -round_.host.room_above(aim) - coming
+    missing = -round_.host.room_above(aim) - coming - round_.unseen_bytes
     return missing if missing >= c.DEAD_BAND_BYTES else 0
 
 

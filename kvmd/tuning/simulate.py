@@ -80,6 +80,7 @@ class Trace:
     reserve_mib: int = 0
     hugetlb_mib: int = 0
     host_blind_at_s: float | None = None  # from then on the host's figures cannot be read
+    host_late_s: float = 0.0  # memory that came back shows in MemAvailable so much later
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trace:
@@ -223,16 +224,19 @@ def run(trace: Trace) -> Run:
     by_name = {guest.trace.name: guest for guest in world}
     limits, state, result = trace.limits(), EngineState(), Run(trace)
     busy: frozenset[str] = frozenset(by_name)
+    held: list[int] = []
     time_s = 0.0
     while time_s < trace.duration_s:
         for guest in world:
             guest.live(time_s, STEP_S)
+        held.append(_held_bytes(world))
+        seen = max(held[-1 - round(trace.host_late_s / STEP_S) :])
         if time_s % c.TICK_S == 0:
             for guest in world:
                 guest.poll_s = c.TICK_S if guest.trace.name in busy else c.QUIET_TICK_S
                 if guest.read_at_s is None or time_s - guest.read_at_s >= guest.poll_s:
                     guest.read(time_s)
-            host = _host(trace, world, time_s)
+            host = _host(trace, seen, time_s)
             snapshot = Snapshot(time_s, WALL_START_S + time_s, host, tuple(guest.sample(time_s) for guest in world))
             outcome = tick(state, snapshot, limits)
             state, busy = outcome.state, outcome.busy
@@ -245,17 +249,20 @@ def run(trace: Trace) -> Run:
                     by_name[decision.guest].target_bytes = decision.to_bytes
                     state = applied(state, decision, time_s)
                     result.steps.append(Step(time_s, decision, samples[decision.guest]))
-        spare = spare_bytes(_host(trace, world, 0.0) or HostSample(0, 0), limits.reserve_bytes)
+        spare = spare_bytes(_host(trace, held[-1], 0.0) or HostSample(0, 0), limits.reserve_bytes)
         sizes = tuple((guest.actual_bytes, guest.target_bytes, guest.shortage_bytes) for guest in world)
         result.points.append(Point(time_s, sizes, spare))
         time_s += STEP_S
     return result
 
 
-def _host(trace: Trace, world: Sequence[SimGuest], time_s: float) -> HostSample | None:
+def _held_bytes(world: Sequence[SimGuest]) -> int:
+    return sum(guest.rss_bytes for guest in world if not guest.trace.hugepages)
+
+
+def _host(trace: Trace, held: int, time_s: float) -> HostSample | None:
     if trace.host_blind_at_s is not None and time_s >= trace.host_blind_at_s:
         return None
-    held = sum(guest.rss_bytes for guest in world if not guest.trace.hugepages)
     total, hugetlb = trace.total_mib * MIB, trace.hugetlb_mib * MIB
     return HostSample(total, max(0, total - trace.own_mib * MIB - hugetlb - held), hugetlb)
 

@@ -55,6 +55,15 @@ class GuestState:
 
 
 @dataclass(frozen=True, slots=True)
+class Return:
+    """Memory for the host that has come back out of a balloon."""
+
+    at_s: float
+    size_bytes: int
+    spare_bytes: int  # what the host had left when it was taken
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyState:
     """All of the policy's memory. `pot_bytes`: taken from donors, arrived, and not yet passed on."""
 
@@ -62,6 +71,19 @@ class PolicyState:
     guests: Mapping[str, GuestState] = field(default_factory=lambda: MappingProxyType({}))
     pot_bytes: int = 0
     gifts: tuple[tuple[float, int], ...] = ()  # (when, bytes) out of the host's own spare memory
+    returns: tuple[Return, ...] = ()
+
+    def unseen_bytes(self, now_s: float) -> int:
+        """Memory that came back for the host and is not in its figures yet.
+
+        No more than they lack since it was taken, and less with time: somebody else may have taken it meanwhile.
+        """
+        if self.host is None or not self.returns:
+            return 0
+        risen = self.host.spare_bytes - min(back.spare_bytes for back in self.returns)
+        lacking = sum(back.size_bytes for back in self.returns) - max(0, risen)
+        fading = sum(back.size_bytes * max(0.0, 1 - (now_s - back.at_s) / c.RETURN_SETTLE_S) for back in self.returns)
+        return max(0, min(lacking, int(fading)))
 
     def owed_bytes(self, now_s: float) -> int:
         """Gifts the host's figures do not show yet."""
@@ -76,19 +98,21 @@ def observe(state: PolicyState, snapshot: Snapshot, limits: Limits) -> tuple[Pol
     guests: dict[str, GuestState] = {}
     seen: list[Seen] = []
     arrived = 0
+    returns = [back for back in state.returns if now - back.at_s < c.RETURN_SETTLE_S]
     for sample in snapshot.guests:
         before = state.guests.get(sample.name, GuestState())
         if sample.facts.booted_s < before.booted_s - 1:
             before = GuestState()  # another QEMU under the same name
         guest, found = _observe_guest(before, sample, now, spare)
         arrived += _arrived_bytes(before, guest, dire=host is not None and host.is_dire)
+        returns += _returned(before, guest, now)
         if found is not None:
             seen.append(found)
         guests[sample.name] = guest
     in_need = any(_is_short(guests[sample.name], sample) for sample in snapshot.guests)
     pot = state.pot_bytes + arrived if in_need else 0
     gifts = tuple((at, size) for at, size in state.gifts if now - at < c.GIFT_SETTLE_S)
-    return PolicyState(host, MappingProxyType(guests), pot, gifts), tuple(seen)
+    return PolicyState(host, MappingProxyType(guests), pot, gifts, tuple(returns)), tuple(seen)
 
 
 def _arrived_bytes(before: GuestState, after: GuestState, *, dire: bool) -> int:
@@ -103,6 +127,18 @@ def _arrived_bytes(before: GuestState, after: GuestState, *, dire: bool) -> int:
     if dire and before.rss_bytes is not None and after.rss_bytes is not None:
         arrived = min(arrived, max(0, before.rss_bytes - after.rss_bytes))
     return int(arrived * before.move.for_guests)
+
+
+def _returned(before: GuestState, after: GuestState, now: float) -> tuple[Return, ...]:
+    """What a donor has delivered for the host since the last look, as far as its RSS tells: the rest it never had."""
+    move = before.move
+    if move is None or move.kind is not Kind.TAKE or move.host_spare_bytes is None:
+        return ()
+    size = (before.actual_bytes or 0) - (after.actual_bytes or 0)
+    if before.rss_bytes is not None and after.rss_bytes is not None:
+        size = min(size, before.rss_bytes - after.rss_bytes)
+    size = int(size * (1 - move.for_guests))
+    return (Return(now, size, move.host_spare_bytes),) if size > 0 else ()
 
 
 def _is_short(guest: GuestState, sample: GuestSample) -> bool:

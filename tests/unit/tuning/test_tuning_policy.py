@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.tuning.decision import Decision, Kind
+from kvmd.tuning.hoststate import judge
 from kvmd.tuning.policy import Outlook, decide
 from kvmd.tuning.snapshot import (
     BalloonReading,
@@ -20,7 +21,7 @@ from kvmd.tuning.snapshot import (
     Mode,
     Snapshot,
 )
-from kvmd.tuning.state import PolicyState, commit
+from kvmd.tuning.state import PolicyState, Return, commit
 
 MIB, GIB = 1 << 20, 1 << 30
 M = 4 * GIB
@@ -282,3 +283,39 @@ def test_figures_in_words_are_figures_of_the_step(share: float) -> None:
     for decision in look(share, IDLE, STARVING).decisions:
         if decision.kind is not Kind.NONE:
             assert "of 100 GiB left for guests" in decision.why
+
+
+@pytest.mark.parametrize("share", [0.07, 0.035, 0.018])  # SOFT, HARD, CRIT
+def test_what_came_back_and_is_not_seen_yet_is_not_taken_again(share: float) -> None:
+    """The balloon has arrived; MemAvailable says what it said, until huge pages are split."""
+    rules, tight = limits("idle"), HostSample(4 * GIB, int(share * 4 * GIB))
+    found = decide(PolicyState(), Snapshot(0.0, 0.0, tight, (guest("idle", 3 * GIB, rss=M),)), rules)
+    take = of(found, "idle")
+    assert take.kind is Kind.TAKE
+    state = commit(found.state, take, 0.0)
+
+    def after(now: float, free: int) -> Decision:
+        arrived = guest("idle", 3 * GIB - take.step_bytes, actual=take.to_bytes, now=now, rss=take.to_bytes)
+        seen = HostSample(4 * GIB, int(share * 4 * GIB) + free)
+        return of(decide(state, Snapshot(now, now, seen, (arrived,)), rules), "idle")
+
+    assert after(2.0, 0).kind is Kind.NONE
+    assert after(2.0, take.step_bytes).kind is Kind.NONE
+    # Somebody else has eaten it, or it was never more than a promise: after a while the figures alone count.
+    state = decide(
+        state,
+        Snapshot(2.0, 2.0, tight, (guest("idle", 2 * GIB, actual=take.to_bytes, now=2.0, rss=take.to_bytes),)),
+        rules,
+    ).state
+    assert after(13.0, 0).kind is Kind.TAKE
+
+
+def test_unseen_memory_counts_less_with_time_and_never_more_than_is_lacking() -> None:
+    state = PolicyState(host=judge(None, HostSample(10 * GIB, GIB), 0), returns=(Return(0.0, 400 * MIB, GIB),))
+    assert state.unseen_bytes(0.0) == 400 * MIB
+    assert state.unseen_bytes(5.0) == 200 * MIB
+    assert state.unseen_bytes(10.0) == 0
+    risen = replace(state, host=judge(None, HostSample(10 * GIB, GIB + 300 * MIB), 0))
+    assert risen.unseen_bytes(0.0) == 100 * MIB
+    fallen = replace(state, host=judge(None, HostSample(10 * GIB, GIB - 300 * MIB), 0))
+    assert fallen.unseen_bytes(0.0) == 400 * MIB

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmd.tuning import constants as c
 from kvmd.tuning import simulate
 from kvmd.tuning.decision import Kind
 from kvmd.tuning.simulate import GuestTrace, Run, Trace
@@ -177,6 +178,19 @@ def test_without_host_figures_nothing_is_done() -> None:
 CORNERS = st.lists(
     st.tuples(st.integers(0, 120), st.integers(0, 3000)), min_size=1, max_size=5, unique_by=lambda corner: corner[0]
 ).map(lambda corners: tuple((float(at), float(mib)) for at, mib in sorted(corners)))
+
+
+@pytest.mark.parametrize("late_s", [0.0, 2.0, 4.0])
+def test_no_more_is_taken_because_the_host_sees_it_late(late_s: float) -> None:
+    """Caches grow until the host is in CRIT. What is taken is what is missing, however late MemAvailable tells."""
+    guests = tuple(
+        GuestTrace(f"g{number}", 6144, ((0.0, 1000.0),), guaranteed_mib=1024, cache_mib=4000) for number in range(3)
+    )
+    done = simulate.run(Trace("late", 120, 16384, guests, own_mib=850, host_late_s=late_s))
+    assert any("host CRIT" in decision.why for _, decision in done.decisions)
+    left = done.points[-1].host_spare_bytes / (16384 * MIB)
+    assert c.SOFT_BELOW < left < c.OK_ABOVE  # neither short nor so much that it goes back to where it came from
+    assert simulate.reversals(done) == 0
 
 
 @st.composite
