@@ -131,6 +131,21 @@ class RemoveZram(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteKernelArgs(Action):
+    """Make the boot loader's drop-in say exactly this (empty: none). The kernel sees it after a reboot."""
+
+    path: str
+    old: str
+    new: str
+    words: str  # what it gives the kernel, for people
+
+    def line(self) -> str:
+        if not self.new:
+            return f"- {self.path}"
+        return f"{'~' if self.old else '+'} {self.path}: {self.words}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureBridge(Action):
     """Make or correct one bridge of ours: up, with exactly these addresses."""
 
@@ -378,7 +393,7 @@ SwapAction = EnsureSwapFile | RemoveSwapFile | EnsureZram | RemoveZram
 MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | SwapAction
 NetworkAction = EnsureBridge | SetPortVlans | ShapePort | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
 DeviceAction = LoadModule | UnloadModule | SetVfs | BindDevice | ReleaseDevice
-HostAction = MemoryAction | NetworkAction | DeviceAction
+HostAction = MemoryAction | NetworkAction | DeviceAction | WriteKernelArgs
 GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 

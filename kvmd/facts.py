@@ -49,6 +49,58 @@ class CpuTopology:
 
 
 @dataclass(frozen=True, slots=True)
+class Interrupt:
+    """One interrupt line that some device uses (Documentation/core-api/irq/irq-affinity.rst)."""
+
+    number: int
+    device: str  # names of its handlers: "eth0-TxRx-3"
+    affinity: CpuSet  # where it may arrive
+    effective: CpuSet | None = None  # where it does; None: this kernel does not tell
+    node: int | None = None  # of the device
+    fixed: bool = False  # the kernel lets nobody change it
+
+    @property
+    def is_guests(self) -> bool:
+        """Of a device that was given to a guest."""
+        return self.device.startswith("vfio")
+
+
+@dataclass(frozen=True, slots=True)
+class Irqbalance:
+    """A running irqbalance and the CPUs it stays off; None: its own choice, the isolated and nohz_full ones."""
+
+    pid: int
+    banned: CpuSet | None
+
+
+@dataclass(frozen=True, slots=True)
+class BootLine:
+    """What the boot loader gave the kernel, and the file by which kvmd adds to it."""
+
+    cmdline: str = ""  # /proc/cmdline
+    drop_in: str | None = None  # text of /etc/default/grub.d/50-kvmd.cfg; None: there is none
+    loader: Literal["grub", "grubby", "kernel-install", ""] = ""  # grub: Debian's, which takes drop-ins; "": unknown
+
+    def words(self) -> Mapping[str, str]:
+        """Value by parameter, the last one where it is given twice."""
+        return dict(word.split("=", 1) for word in self.cmdline.split() if "=" in word)
+
+    def gib_pages(self) -> tuple[str | None, int]:
+        """The words that ask for pages of 1 GiB at boot, and how many pages: hugepages= goes with the hugepagesz=
+        before it, or with default_hugepagesz=."""
+        size, found, count = self.words().get("default_hugepagesz", ""), None, 0
+        for word in self.cmdline.split():
+            key, _, value = word.partition("=")
+            if key == "hugepagesz":
+                size = value
+            elif key == "hugepages" and size.upper() in ("1G", "1024M", "1GB"):
+                pages = [part.rpartition(":")[2] for part in value.split(",")]
+                found = f"hugepagesz={size} {word}"
+                count = sum(int(each) for each in pages if each.isdigit())
+        return found, count
+
+
+@dataclass(frozen=True, slots=True)
 class HugepagePool:
     """One node's pool of one page size (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 
@@ -325,6 +377,9 @@ class Facts:
     boot_id: str = ""
     cpus: CpuTopology = CpuTopology()
     memory: Memory = Memory()
+    boot: BootLine = BootLine()
+    interrupts: tuple[Interrupt, ...] = ()  # read when cpu.irq_affinity asks for them
+    irqbalance: Irqbalance | None = None  # likewise
     hugepages: tuple[HugepagePool, ...] = ()
     knobs: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # absolute path -> stripped content
     kernel: str = ""  # release of the running kernel

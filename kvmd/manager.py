@@ -24,19 +24,21 @@ from kvmd.actions import (
     StartGuest,
     StopGuest,
     WriteDropIn,
+    WriteKernelArgs,
 )
 from kvmd.config.desired import Loaded
 from kvmd.effects import nft, threads
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind
-from kvmd.errors import Conflict, KvmdError, PartlyFailed, Refused
-from kvmd.facts import Facts
+from kvmd.errors import Conflict, HostFailed, KvmdError, PartlyFailed, Refused
+from kvmd.facts import BootLine, Facts
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.passthrough import Passthrough
 from kvmd.guest.roster import Roster
-from kvmd.plan import ports
+from kvmd.plan import kernelargs, ports
 from kvmd.plan.host import Plan, plan, plan_pools
+from kvmd.plan.kernelargs import KernelArguments
 from kvmd.plan.nfttable import PORTS, difference
 from kvmd.plan.release import plan_release
 from kvmd.plan.yielding import Yielded
@@ -291,6 +293,25 @@ class Manager:
                     restored.append(undo.action.line())
                 self.services.store.forget(undo.key)
         return restored, kept
+
+    # ---- the kernel's command line ------------------------------------------------------------------------------
+
+    async def kernel_args(self) -> tuple[KernelArguments, BootLine]:
+        """What the kernel was given and what it should be given."""
+        facts = await self.observe()
+        return kernelargs.kernel_arguments(self.services.loaded.desired, facts), facts.boot
+
+    async def write_kernel_args(self, actor: str, *, remove: bool = False) -> WriteKernelArgs | None:
+        """Write the boot loader's drop-in, or take it away; None when it is so. Refused, NotSupported, HostFailed."""
+        async with self._pass:
+            found, line = await self.kernel_args()
+            action = kernelargs.asked_for(
+                found, line, self.services.loaded.desired.host, f"{actor} asked for it", remove=remove
+            )
+            outcome = await self._do(action, actor) if action else None
+            if outcome and outcome.error:
+                raise HostFailed(outcome.error)
+            return action
 
     def _tell_systemd(self, action: WriteDropIn | EnableGuest) -> None:
         units = self.services.units

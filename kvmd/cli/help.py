@@ -29,7 +29,7 @@ def _overview() -> Iterator[str]:
     yield "kvmd-cli COMMAND: one Linux KVM host and its guests."
     for group, title in GROUPS.items():
         yield f"\n{title}:"
-        yield from (f"  {verb.name:<14}{verb.summary}" for verb in VERBS.values() if verb.group == group)
+        yield from (f"  {verb.name:<18}{verb.summary}" for verb in VERBS.values() if verb.group == group)
     yield "\nOptions of every command, before or behind it:"
     yield from _options(COMMON)
     yield f"\n{_EXIT_CODES}"

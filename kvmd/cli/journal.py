@@ -25,7 +25,7 @@ def undo_lines(state_dir: Path) -> tuple[str, ...]:
         raise Denied(f"{path} is root's", hint="run it as root") from None
     except (FileNotFoundError, sqlite3.OperationalError) as error:
         raise NotFound(f"{path} cannot be read: {error}", hint="was kvmd ever started here?") from None
-    return tuple(_line(*row) for row in rows)
+    return tuple(_line(*row) for row in rows if not row[0].startswith("fixed-irq:"))  # nothing was changed there
 
 
 def _line(key: str, original: str, new: str) -> str:
@@ -36,6 +36,8 @@ def _line(key: str, original: str, new: str) -> str:
         case "hugepages":
             node, _, page_bytes = subject.partition(":")
             return f"~ hugepages {int(page_bytes) >> 20}MiB node {node}: {new} -> {original} pages"
+        case "kernel-args":
+            return f"{'~' if original else '-'} {subject}"
         case "bridge":
             return f"- bridge {subject}"
         case "hugetlbfs":

@@ -92,6 +92,10 @@ _LOOKING = (
 _HOST = (
     Verb("host facts", "host", "the host as it is, read now", "kvmd.cli.host:facts"),
     Verb("host cpus", "host", "who sits where: CPUs, their roles, guests' threads", "kvmd.cli.cpus:cpus"),
+    Verb("host kernel-args", "host", "the kernel's command line: there, wanted, missing", "kvmd.cli.kernelargs:show",
+         (), (Option("--write", "write kvmd's drop-in for the boot loader"),
+          Option("--remove", "take that drop-in away"),
+          Option("--update", "with either: run update-grub afterwards"))),
     Verb("host release", "host", "put the host back as it was before kvmd", "kvmd.cli.host:release", changes=True),
     Verb("tune status", "host", "the tuning agent's present picture", "kvmd.cli.tune:status"),
     Verb("tune explain", "host", "the agent's decisions about a guest, with reasons", "kvmd.cli.tune:explain",

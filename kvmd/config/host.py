@@ -90,11 +90,15 @@ class HostCpu(Table):
         'CPUs for the host and for QEMU\'s own threads, never for a dedicated vCPU; "auto": first core of each node.',
         mark="~",
     )
-    irq_affinity: Literal["keep"] = key(
-        "keep", "Where interrupts go.", mark="~", later_values=("housekeeping",), classic="irqaffinity="
+    irq_affinity: Literal["keep", "housekeeping"] = key(
+        "keep", "Where devices' interrupts go.", mark="~", classic="irqaffinity=", example='"housekeeping"'
     )
-    kernel_args: Literal["advise"] = key(
-        "advise", "Kernel command line for isolation.", later_values=("write",), classic="isolcpus="
+    kernel_args: Literal["advise", "write"] = key(
+        "advise",
+        'Kernel command line for isolation and 1 GiB pages: shown by `host kernel-args`; "write": apply keeps the boot '
+        "loader's drop-in so.",
+        classic="isolcpus=",
+        example='"write"',
     )
     overcommit_ratio: Annotated[Number, AfterValidator(_ratio)] = key(
         4.0, "Warn above so many vCPUs per host CPU.", mark="~"

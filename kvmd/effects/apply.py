@@ -7,6 +7,8 @@ caller goes on with the next one.
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 from copy import copy
 from functools import partial
 from typing import assert_never
@@ -32,11 +34,13 @@ from kvmd.actions import (
     StopDnsmasq,
     UnloadModule,
     UnmountHugetlbfs,
+    WriteKernelArgs,
     WriteKnob,
 )
-from kvmd.effects import hugetlbfs, modules, nft, records, swap
+from kvmd.effects import hugetlbfs, kernelargs, modules, nft, records, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.hostdevices import HostDevices
+from kvmd.effects.interrupts import IRQ
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
@@ -44,6 +48,7 @@ from kvmd.errors import HostFailed
 from kvmd.facts import TunedKnob
 from kvmd.plan.ports import tbf_of
 
+_log = logging.getLogger(__name__)
 ABSENT = ""  # the original of something that was not there
 
 
@@ -73,11 +78,10 @@ class HostApplier:
         """Do one action and verify it. KvmdError says what the kernel or tool refused."""
         match action:
             case WriteKnob():
-                self._journal(records.knob_key(action.path), action.old, action.new, action.why)
-                async with self.knobs:
-                    await asyncio.to_thread(self._tree.write_knob, action.path, action.new)
-                    if not action.requirement:
-                        self._store.set_tuned(TunedKnob(action.path, action.new, action.why), self._boot_id)
+                await self._write_knob(action)
+            case WriteKernelArgs():
+                self._journal(records.kernel_args_key(action.path), action.old, action.new, action.why)
+                await asyncio.to_thread(kernelargs.write, self._tree, action)
             case SetHugepages():
                 key = records.hugepages_key(action.node, action.page_bytes)
                 self._journal(key, str(action.old), str(action.new), action.why)
@@ -136,6 +140,21 @@ class HostApplier:
                 await self._devices.give_back(action)
             case _:
                 assert_never(action)
+
+    async def _write_knob(self, action: WriteKnob) -> None:
+        self._journal(records.knob_key(action.path), action.old, action.new, action.why)
+        try:
+            async with self.knobs:
+                await asyncio.to_thread(self._tree.write_knob, action.path, action.new)
+                if not action.requirement:
+                    self._store.set_tuned(TunedKnob(action.path, action.new, action.why), self._boot_id)
+        except HostFailed as error:
+            # the kernel manages this interrupt's affinity itself and says so only now (kernel/irq/proc.c)
+            if not action.path.startswith(IRQ) or error.details.get("errno") not in (errno.EIO, errno.EPERM):
+                raise
+            self._store.forget(records.knob_key(action.path))
+            self._journal(records.fixed_irq_key(action.path), action.old, action.old, "the kernel manages it")
+            _log.info("%s stays at %s: the kernel manages this interrupt itself", action.path, action.old)
 
     async def _start_zram(self, action: EnsureZram) -> None:
         """The journal has which devices there were before, then the number of ours: a kvmd killed between the two

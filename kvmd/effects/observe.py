@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmd.config.desired import Desired
-from kvmd.effects import hugetlbfs, listeners, modules, nft, pci, swap
+from kvmd.effects import hugetlbfs, interrupts, kernelargs, listeners, modules, nft, pci, swap
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, ruleset_key
@@ -15,6 +15,7 @@ from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import HostTree
 from kvmd.facts import Facts, Iommu, JournalEntry
 from kvmd.plan import hugetlbfs as hugetlbfs_plan
+from kvmd.plan import interrupts as irq_plan
 from kvmd.plan import modules as module_plan
 from kvmd.plan import network, vfio
 from kvmd.plan.ksm import KNOBS
@@ -33,7 +34,7 @@ class HostObserver:
     async def observe(self, desired: Desired, journal: Sequence[JournalEntry]) -> Facts:
         """The facts about the host, without its guests. `journal`: effects of ours in this boot, looked at even when
         no file asks for them any more. HostFailed."""
-        knobs = {*KNOBS, *network.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
+        knobs = {*KNOBS, *network.KNOBS, *irq_plan.KNOBS, *(e.subject for e in journal if e.kind == EffectKind.KNOB)}
         names = {*module_plan.wanted(desired), *(e.subject for e in journal if e.kind == EffectKind.MODULE)}
         swap_paths = {e.subject for e in journal if e.kind == EffectKind.SWAP_FILE}
         if desired.host.swap.file:
@@ -47,10 +48,15 @@ class HostObserver:
         links = await self.netlink.observe_links(vlans=filtering) if with_networks or with_pci else ()
         with_fences = any(has_fence(nic) for guest in desired.guests.values() for nic in guest.nic.values())
         with_fences = with_fences or ruleset_key(PORTS) in {entry.key for entry in journal}
+        with_irqs = desired.host.cpu.irq_affinity != "keep"
+        fixed = {entry.subject for entry in journal if entry.kind == EffectKind.FIXED_IRQ}
         return Facts(
             boot_id=self.tree.boot_id(),
             cpus=self.tree.observe_cpus(),
             memory=self.tree.observe_memory(),
+            boot=kernelargs.observe(self.tree),
+            interrupts=interrupts.observe_interrupts(self.tree, fixed) if with_irqs else (),
+            irqbalance=interrupts.observe_irqbalance(self.tree) if with_irqs else None,
             hugepages=self.tree.observe_hugepages(),
             knobs=self.tree.observe_knobs(knobs),
             kernel=self.tree.kernel(),

@@ -43,7 +43,7 @@ def observe_process(tree: Tree, pid: int) -> Process | None:
 
 def observe_qemus(tree: Tree) -> tuple[QemuProcess, ...]:
     """All QEMU system emulators that run, by pid: those called so, and whatever has QEMU's -uuid option."""
-    return tuple(found for pid in _pids(tree) if (found := _qemu(tree, pid)))
+    return tuple(found for pid in pids(tree) if (found := _qemu(tree, pid)))
 
 
 def observe_threads(tree: Tree, pid: int) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def observe_threads(tree: Tree, pid: int) -> tuple[int, ...]:
 
 def foreign_qemu_bytes(tree: Tree, known_pids: frozenset[int]) -> int:
     """RSS of all QEMUs whose pid is not in `known_pids`: memory that others' guests hold."""
-    strangers = (pid for pid in _pids(tree) if pid not in known_pids)
+    strangers = (pid for pid in pids(tree) if pid not in known_pids)
     return sum(found.rss_bytes for pid in strangers if (found := _qemu(tree, pid)))
 
 
@@ -62,7 +62,8 @@ def locked_bytes(tree: Tree, pid: int) -> int:
     return _status_bytes(tree, pid, "VmLck")
 
 
-def _pids(tree: Tree) -> Iterator[int]:
+def pids(tree: Tree) -> Iterator[int]:
+    """All processes, kernel threads too, ascending."""
     yield from sorted(int(name) for name in tree.names("/proc") if name.isascii() and name.isdigit())
 
 

@@ -22,6 +22,8 @@ class EffectKind(StrEnum):
     BRIDGE = "bridge"
     RULESET = "ruleset"
     DNSMASQ = "dnsmasq"
+    KERNEL_ARGS = "kernel-args"
+    FIXED_IRQ = "fixed-irq"
     MODULE = "module"
     HUGETLBFS = "hugetlbfs"
     SWAP_FILE = "swapfile"
@@ -37,6 +39,16 @@ OUTLIVE_BOOT = (EffectKind.SWAP_FILE,)  # what a reboot does not undo
 def knob_key(path: str) -> str:
     """Journal key of one sysfs or procfs file."""
     return f"{EffectKind.KNOB}:{path}"
+
+
+def kernel_args_key(path: str) -> str:
+    """Journal key of the boot loader's drop-in."""
+    return f"{EffectKind.KERNEL_ARGS}:{path}"
+
+
+def fixed_irq_key(path: str) -> str:
+    """Journal key of an interrupt's file in which the kernel refused a change: nothing to undo, and not tried again."""
+    return f"{EffectKind.FIXED_IRQ}:{path}"
 
 
 def hugepages_key(node: int, page_bytes: int) -> str:

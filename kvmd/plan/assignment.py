@@ -30,6 +30,11 @@ class Placement:
     nodes: tuple[int, ...] = ()
 
     @property
+    def is_exclusive(self) -> bool:
+        """Whether each vCPU has one CPU."""
+        return all(len(vcpu) == 1 for vcpu in self.vcpus)
+
+    @property
     def cpus(self) -> CpuSet:
         """All CPUs of the vCPUs."""
         return CpuSet(cpu for vcpu in self.vcpus for cpu in vcpu)

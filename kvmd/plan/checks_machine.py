@@ -149,7 +149,7 @@ def isolcpus(report: HostReport) -> Iterator[Finding]:
         held = CpuSet(cpu for name in wanting for cpu in exclusive[name])
         yield warn(
             f"{_some(wanting)} {_has(wanting)} CPUs of its own ({held}), and none is isolated: others run there too",
-            _kernel_arguments("isolcpus", f"isolcpus={held} nohz_full={held}"),
+            "kvmd-cli host kernel-args --write --update, and a reboot",
         )
     elif idle:
         yield warn(

@@ -28,6 +28,7 @@ __all__ = [
     "Placements",
     "housekeeping_of",
     "nodes_of",
+    "pins_of",
     "place",
     "place_all",
     "place_guest",
@@ -152,7 +153,11 @@ def plan_pins(guests: Mapping[str, Guest], host: Host, facts: Facts) -> tuple[tu
 
     Guests that are wanted and not up yet are placed with them, so that a plan tells beforehand who would be refused.
     """
-    placements = place_running(guests, host, facts)
+    return pins_of(place_running(guests, host, facts), facts)
+
+
+def pins_of(placements: Placements, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
+    """`plan_pins` of placements that are made already."""
     settling = {life.name for life in facts.lives if life.settling}
     actions = []
     for guest in sorted(facts.guests, key=lambda guest: guest.name):

@@ -19,6 +19,8 @@ from kvmd.plan import (
     guests,
     hugepages,
     hugetlbfs,
+    interrupts,
+    kernelargs,
     ksm,
     modules,
     network,
@@ -64,6 +66,7 @@ def plan(
     also where someone else turned a tuning knob.
     """
     host = desired.host
+    placements = cpus.place_running(desired.guests, host, facts)
     parts = (
         ksm.plan_ksm(host, facts),
         modules.plan_modules(desired, facts),
@@ -73,7 +76,9 @@ def plan(
         *_devices(desired, facts),
         network.plan_network(desired.networks, desired.guests, macs, facts),
         ports.plan_ports(desired.networks, desired.guests, macs, uuids, facts),
-        cpus.plan_pins(desired.guests, host, facts),
+        kernelargs.plan_kernel_args(desired, facts),
+        interrupts.plan_interrupts(placements, host, facts),
+        cpus.pins_of(placements, facts),
     )
     actions = [action for part, _ in parts for action in part]
     problems = [problem for _, found in parts for problem in found]

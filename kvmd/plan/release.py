@@ -21,10 +21,12 @@ from kvmd.actions import (
     StopDnsmasq,
     UnloadModule,
     UnmountHugetlbfs,
+    WriteKernelArgs,
     WriteKnob,
 )
 from kvmd.facts import Facts
 from kvmd.plan import swap
+from kvmd.plan.kernelargs import parse_drop_in
 from kvmd.plan.nfttable import PORTS
 from kvmd.plan.sriov import in_use
 
@@ -92,6 +94,16 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
             return _vfs(key, subject, original, facts)
         case "module":
             return _module(key, subject, facts)
+        case "kernel-args":
+            now = facts.boot.drop_in or ""
+            if now == original:
+                return Undo(key, None)
+            if now != new:
+                return Undo(key, None, kept=f"{subject}: someone changed it after kvmd wrote it")
+            words = " ".join(parse_drop_in(original))
+            return Undo(key, WriteKernelArgs(path=subject, old=now, new=original, words=words, why=WHY))
+        case "fixed-irq":
+            return Undo(key, None)
         case _:
             return Undo(key, None, kept=f"{key} was written by another version of kvmd")
 

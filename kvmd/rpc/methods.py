@@ -21,6 +21,7 @@ from kvmd.effects.records import WantedState
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
+from kvmd.plan import kernelargs
 from kvmd.plan.cpumap import GuestSeats, cpu_map
 from kvmd.plan.groups import when
 from kvmd.plan.links import tap_name
@@ -61,6 +62,14 @@ class Methods:
             ("host.release", "admin", NoParams, results.Released, self.host_release),
             ("host.facts", "viewer", NoParams, results.HostFacts, self.host_facts),
             ("host.cpus", "viewer", NoParams, results.HostCpus, self.host_cpus),
+            ("host.kernel_args", "viewer", NoParams, results.KernelArgs, self.host_kernel_args),
+            (
+                "host.write_kernel_args",
+                "admin",
+                results.KernelArgsParams,
+                results.KernelArgsWritten,
+                self.host_write_kernel_args,
+            ),
             ("tune.status", "viewer", NoParams, results.TuneStatus, self.tune_status),
             ("tune.explain", "viewer", results.ExplainParams, results.Explained, self.tune_explain),
             ("daemon.status", "viewer", NoParams, results.DaemonStatus, self.daemon_status),
@@ -228,6 +237,27 @@ class Methods:
                 results.GuestCpus.model_validate(asdict(guest) | {"threads": _threads(guest)}) for guest in found.guests
             ),
             problems=_problems(found.problems),
+        )
+
+    async def host_kernel_args(self, _params: NoParams, _call: Call) -> results.KernelArgs:
+        """The kernel's command line as it is and as the guests' files want it"""
+        found, line = await self._manager.kernel_args()
+        return results.KernelArgs(
+            cmdline=line.cmdline,
+            words=tuple(results.KernelWordShape.model_validate(asdict(word)) for word in found.words),
+            loader=line.loader,
+            path=kernelargs.DROP_IN if line.loader == "grub" else None,
+            now=line.drop_in,
+            text=found.drop_in,
+            command=kernelargs.command(line.loader, " ".join(word.wanted for word in found.missing)),
+            problems=_problems(found.problems),
+        )
+
+    async def host_write_kernel_args(self, params: results.KernelArgsParams, call: Call) -> results.KernelArgsWritten:
+        """Write the boot loader's drop-in, or take it away; the boot loader is not run and nothing is rebooted"""
+        done = await self._manager.write_kernel_args(call.actor, remove=params.remove)
+        return results.KernelArgsWritten(
+            line=done.line() if done else None, path=kernelargs.DROP_IN, command=kernelargs.COMMANDS["grub"]
         )
 
     # ---- tuning -------------------------------------------------------------------------------------------------

@@ -225,6 +225,43 @@ class HostFacts(RootModel[dict[str, Any]]):
     model_config = ConfigDict(frozen=True)
 
 
+class KernelWordShape(Shape):
+    """One parameter of the kernel's command line that the guests' files ask for."""
+
+    key: str
+    wanted: str
+    present: str | None = Field(description="what the running kernel was given")
+    why: str
+    enough: bool = Field(description="what is present serves")
+
+
+class KernelArgs(Shape):
+    """What the kernel was given, what it should be given, and the file by which kvmd would see to it."""
+
+    cmdline: str
+    words: tuple[KernelWordShape, ...]
+    loader: Literal["grub", "grubby", "kernel-install", ""]
+    path: str | None = Field(description="kvmd's own file; null: this boot loader takes none")
+    now: str | None = Field(description="its text, null when there is none")
+    text: str = Field(description="its text as it should be; empty: none")
+    command: str = Field(description="what makes the boot loader take it; then a reboot")
+    problems: tuple[ProblemShape, ...]
+
+
+class KernelArgsParams(Shape):
+    """Write the file as it should be, or take it away."""
+
+    remove: bool = False
+
+
+class KernelArgsWritten(Shape):
+    """What was done; `line` is null when nothing had to be."""
+
+    line: str | None
+    path: str
+    command: str = Field(description="what makes the boot loader take it; then a reboot")
+
+
 class CpuShape(Shape):
     """One CPU of the host; `roles` of an ordinary one is empty. What the kernel does not tell is null."""
 

@@ -22,6 +22,7 @@ LOOKING = frozenset(
         "discover",
         "explain",
         "facts",
+        "kernel_args",
         "health",
         "leases",
         "list",

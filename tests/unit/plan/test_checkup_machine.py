@@ -141,7 +141,7 @@ def test_sandbox_is_switched_off(box: DoctorHost) -> None:
 def test_a_dedicated_guest_without_isolated_cpus(box: DoctorHost) -> None:
     shape = hosts.topology(cores=4)
     hosts.write_tree(hosts.synthetic(shape, total=16 * hosts.GIB, kernel="6.1.0", advisor=False), box.root)
-    expect(box, "isolcpus", "warn", "web has CPUs of its own", fix="isolcpus=")
+    expect(box, "isolcpus", "warn", "web has CPUs of its own", fix="kvmd-cli host kernel-args --write")
 
 
 def test_isolated_cpus_that_nobody_uses(box: DoctorHost) -> None:
