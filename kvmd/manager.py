@@ -33,14 +33,13 @@ from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind
 from kvmd.errors import Conflict, HostFailed, KvmdError, PartlyFailed, Refused
 from kvmd.facts import BootLine, Facts
-from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.passthrough import Passthrough
 from kvmd.guest.roster import Roster
 from kvmd.plan import kernelargs, ports
 from kvmd.plan.host import Plan, plan, plan_pools
 from kvmd.plan.kernelargs import KernelArguments
 from kvmd.plan.nfttable import PORTS, difference
-from kvmd.plan.release import plan_release
+from kvmd.plan.release import plan_release, refusal
 from kvmd.plan.yielding import Yielded
 from kvmd.units import CpuSet
 
@@ -151,7 +150,7 @@ class Manager:
 
         A host that was released stays so until someone applies, or until the next boot.
         """
-        if self.services.store.meta(RELEASED_META) == self.services.tree.boot_id():
+        if self.is_released:
             return Report((), (), Plan(), self.services.loaded)
         allow = frozenset(Disruption(word) for word in self.services.loaded.desired.daemon.apply.allow)
         return await self._pass_once(allow, actor)
@@ -273,17 +272,31 @@ class Manager:
         self.services.publish("action.done", None, actor, {"line": action.line(), "why": action.why})
         return Outcome(action)
 
-    async def release(self, actor: str) -> tuple[list[str], list[str]]:
-        """Put the host back as it was before kvmd. Conflict while guests run. Returns what was restored and kept."""
-        alive = sorted(s.name for s in self.guests.supervisors.values() if s.state in ALIVE)
-        if alive:
-            raise Conflict(f"guests run: {', '.join(alive)}", hint="kvmd-cli stop them first")
+    @property
+    def is_released(self) -> bool:
+        """Whether the host was given back in this boot: until someone applies, kvmd changes nothing by itself."""
+        return self.services.store.meta(RELEASED_META) == self.services.tree.boot_id()
+
+    async def release(self, actor: str, *, partial: bool = False) -> tuple[list[str], list[str]]:
+        """Put the host back as it was before kvmd. Returns what was restored and what was kept, and why.
+
+        Conflict when running guests need some of it, naming who needs what; with `partial` that stays. One that was
+        interrupted is finished by the next.
+        """
         restored, kept = [], []
         async with self._pass:
-            self.services.store.set_meta(RELEASED_META, self.services.tree.boot_id())
             facts = await self.observe()
-            entries = [(e.kind, e.subject, e.original, e.new) for e in self.services.store.journalled(facts.boot_id)]
-            for undo in plan_release(entries, facts):
+            if settling := sorted(life.name for life in facts.lives if life.settling):
+                raise Conflict(f"starting or stopping: {', '.join(settling)}", hint="wait for it, then release")
+            entries = [(e.kind, e.subject, e.original, e.new) for e in facts.journal]
+            undos = plan_release(entries, facts)
+            if not partial and (needs := refusal(undos)):
+                raise Conflict(needs, hint="kvmd-cli stop them, or release --partial: what nobody needs")
+            self.services.store.set_meta(RELEASED_META, facts.boot_id)
+            for undo in undos:
+                if undo.needed_by:
+                    kept.append(f"{undo.subject}: {', '.join(undo.needed_by)} needs it")
+                    continue
                 if undo.kept:
                     kept.append(undo.kept)
                 if undo.action:

@@ -19,7 +19,7 @@ from kvmd.manager import Manager
 from kvmd.plan.ksm import rate_wish
 from kvmd.tuning.agent import Settings
 from kvmd.tuning.ksm import KsmSample
-from kvmd.tuning.limits import ksm_limits_of, limits_of
+from kvmd.tuning.limits import advise_only, ksm_limits_of, limits_of
 from kvmd.tuning.snapshot import BalloonReading, GuestFacts, HostSample
 
 BALLOON = "/machine/peripheral/balloon"
@@ -40,6 +40,8 @@ class GuestMemory:
         desired = self._manager.services.loaded.desired
         limits = limits_of(desired.host, desired.guests, total_bytes=self._total_bytes)
         merging = ksm_limits_of(desired.host, desired.guests)
+        if self._manager.is_released:  # also by a kvmd before this one: nothing is moved until someone applies
+            return Settings(advise_only(limits), replace(merging, owned=False))
         return Settings(limits, replace(merging, written=self._rate_written()) if merging.owned else merging)
 
     def _rate_written(self) -> int | None:

@@ -45,7 +45,7 @@ def facts(session: Session, _parsed: Parsed) -> int:
     return 0
 
 
-def release(session: Session, _parsed: Parsed) -> int:
+def release(session: Session, parsed: Parsed) -> int:
     """Put the host back as it was."""
     if session.dry_run:
         from pathlib import Path
@@ -64,7 +64,7 @@ def release(session: Session, _parsed: Parsed) -> int:
             raise Refused("this takes networks and pages away and nobody is here to be asked", hint="--yes")
         if not session.confirmed("Put back everything kvmd changed on this host in this boot?"):
             raise Refused("not confirmed: nothing was done")
-    done = session.call("host.release", 120.0)
+    done = session.call("host.release", 120.0, partial=parsed.on("--partial"))
     session.result(done, lambda: "\n".join(render.clean(line) for line in done["restored"]))
     if not session.json:
         for kept in done["kept"]:

@@ -1,13 +1,13 @@
 """Putting the host back as it was before kvmd touched it in this boot. Pure.
 
 Only what the journal says is undone, in the reverse order of how it was done; a knob someone else has changed since
-is left to them and told.
+is left to them and told. What a running guest needs is not taken from it: `needed_by` names who needs what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmd.actions import (
     HostAction,
@@ -27,8 +27,10 @@ from kvmd.actions import (
 from kvmd.facts import Facts
 from kvmd.plan import swap
 from kvmd.plan.kernelargs import parse_drop_in
+from kvmd.plan.needs import needed_by
 from kvmd.plan.nfttable import PORTS
 from kvmd.plan.sriov import in_use
+from kvmd.units import Size
 
 WHY = "kvmd lets go of the host"
 
@@ -40,13 +42,44 @@ class Undo:
     key: str
     action: HostAction | None
     kept: str | None = None  # why it stays as it is
+    needed_by: tuple[str, ...] = ()  # running guests that would suffer
+
+    @property
+    def subject(self) -> str:
+        """What it is about, for people: "bridge kvlan", "/proc/sys/net/ipv4/ip_forward"."""
+        kind, _, subject = self.key.partition(":")
+        match kind:
+            case "knob":
+                return subject
+            case "ruleset":
+                return f"nft table {subject}"
+            case "hugepages":
+                node, _, page_bytes = subject.partition(":")
+                return f"hugepages {Size(int(page_bytes))} node {node}"
+            case _:
+                return f"{kind} {subject}"
 
 
 def plan_release(entries: Iterable[tuple[str, str, str, str]], facts: Facts) -> tuple[Undo, ...]:
-    """What undoes each `(kind, subject, original, new)` of the journal."""
-    # the node of an IOMMU group goes back with the last function in it
-    undos = [_undo(*entry, facts) for entry in entries if entry[0] != "vfio_group"]
+    """What undoes each `(kind, subject, original, new)` of the journal, and who would suffer."""
+    undos = []
+    for kind, subject, original, new in entries:
+        if kind == "vfio_group":
+            continue  # the node of an IOMMU group goes back with the last function in it
+        undo = _undo(kind, subject, original, new, facts)
+        undos.append(replace(undo, needed_by=needed_by(kind, subject, original, facts)) if undo.action else undo)
     return tuple(reversed(undos))
+
+
+def refusal(undos: Iterable[Undo]) -> str | None:
+    """Which running guest needs which thing, as one sentence; None when nobody needs any."""
+    needs: dict[str, list[str]] = {}
+    for undo in undos:
+        for guest in undo.needed_by:
+            needs.setdefault(guest, []).append(undo.subject)
+    if not needs:
+        return None
+    return "; ".join(f"{guest} needs {', '.join(reversed(things))}" for guest, things in sorted(needs.items()))
 
 
 def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Undo:

@@ -59,7 +59,7 @@ class Methods:
             ("host.plan", "viewer", results.PlanParams, results.Plan, self.host_plan),
             ("host.apply", "admin", results.ApplyParams, results.Applied, self.host_apply),
             ("host.reconcile", "operator", NoParams, results.Applied, self.host_reconcile),
-            ("host.release", "admin", NoParams, results.Released, self.host_release),
+            ("host.release", "admin", results.ReleaseParams, results.Released, self.host_release),
             ("host.facts", "viewer", NoParams, results.HostFacts, self.host_facts),
             ("host.cpus", "viewer", NoParams, results.HostCpus, self.host_cpus),
             ("host.kernel_args", "viewer", NoParams, results.KernelArgs, self.host_kernel_args),
@@ -212,16 +212,18 @@ class Methods:
     async def host_apply(self, params: results.ApplyParams, call: Call) -> results.Applied:
         """Make host and guests as the files say, within the disruption allowed"""
         allow = frozenset(Disruption(word) for word in params.allow)
+        self._agent().resume()
         return _applied(await self._manager.apply(allow, call.actor, prune=params.prune))
 
     async def host_reconcile(self, _params: NoParams, call: Call) -> results.Applied:
         """The same for cron: only what disturbs nobody, unless kvmd.toml allows more"""
         return _applied(await self._manager.reconcile(call.actor))
 
-    async def host_release(self, _params: NoParams, call: Call) -> results.Released:
-        """Put the host back as it was before kvmd touched it"""
-        restored, kept = await self._manager.release(call.actor)
-        return results.Released(restored=tuple(restored), kept=tuple(kept))
+    async def host_release(self, params: results.ReleaseParams, call: Call) -> results.Released:
+        """Put the host back as it was before kvmd touched it, its guests' memory included"""
+        restored, kept = await self._manager.release(call.actor, partial=params.partial)
+        whole = [f"~ guest {name}: all of its memory back" for name in await self._agent().restore()]
+        return results.Released(restored=(*restored, *whole), kept=tuple(kept))
 
     async def host_facts(self, _params: NoParams, _call: Call) -> results.HostFacts:
         """The host as it is, read now"""

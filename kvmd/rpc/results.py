@@ -212,8 +212,14 @@ class Applied(Shape):
     faults: tuple[FaultShape, ...]
 
 
+class ReleaseParams(Shape):
+    """What to do about what running guests need: refuse, or leave it."""
+
+    partial: bool = Field(default=False, description="put back only what no running guest needs")
+
+
 class Released(Shape):
-    """What `host.release` put back, and what someone else had changed since."""
+    """What `host.release` put back, and what it kept and why: changed by someone since, in use, needed."""
 
     restored: tuple[str, ...]
     kept: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from kvmd.config.guest import Guest
@@ -22,6 +23,16 @@ def limits_of(host: Host, guests: Mapping[str, Guest], *, total_bytes: int) -> L
         reserve_bytes=reserve_bytes(host.memory.reserve, total_bytes),
         guests=MappingProxyType({name: _guest_limits(guest, mode) for name, guest in sorted(guests.items())}),
     )
+
+
+def advise_only(limits: Limits) -> Limits:
+    """The same, with nothing carried out."""
+    guests = {name: replace(guest, mode=_at_most_advice(guest.mode)) for name, guest in limits.guests.items()}
+    return replace(limits, mode=_at_most_advice(limits.mode), guests=MappingProxyType(guests))
+
+
+def _at_most_advice(mode: Mode) -> Mode:
+    return Mode.ADVISE if mode is Mode.APPLY else mode
 
 
 def ksm_limits_of(host: Host, guests: Mapping[str, Guest]) -> KsmLimits:
