@@ -36,14 +36,17 @@ def guest(
     return Guest.model_validate({"memory": memory, "start": start, "nic": nic, **tables})
 
 
+_MERGING = {"smart_scan": True, "use_zero_pages": True, "max_page_sharing": 512, "min_pages": 600, "max_pages": 20000}
+
+
 def everything(*, merging: str = "kvmd") -> Desired:
     """A bit of all that kvmd prepares."""
     host = Host.model_validate(
         {
             "hugepages": {"2MiB": {"pages": "auto", "spare": "32MiB"}, "1GiB": {"pages": {"node1": 2}}},
-            "ksm": {"mode": merging, "across_nodes": False},
-            "thp": {"enabled": "madvise", "defrag": "defer"},
-            "swap": {"swappiness": 10},
+            "ksm": {"mode": merging, "across_nodes": False} | _MERGING,
+            "thp": {"enabled": "madvise", "defrag": "defer", "shmem_enabled": "advise", "khugepaged_defrag": False},
+            "swap": {"swappiness": 10, "file": {"size": "8GiB"}, "zram": {"size": "1GiB"}},
             "modules": {"load": ["vhost_net"]},
         }
     )
@@ -57,6 +60,12 @@ def everything(*, merging: str = "kvmd") -> Desired:
         },
         guests={
             "db": guest("1GiB", nics=("lab", "office"), limits={"tasks_max": 500}),
+            "log": Guest.model_validate(
+                {
+                    "memory": {"size": "64MiB", "backing": "file", "path": "/mnt/pages", "page_size": "2MiB"},
+                    "start": {"auto": False},
+                }
+            ),
             "web": guest(
                 "128MiB",
                 pages=True,
@@ -110,7 +119,9 @@ def some(chance: Random) -> Desired:
             "enabled": chance.choice(["always", "madvise", "never"]),
             "defrag": chance.choice(["always", "defer", "never"]),
         },
-        "swap": {"swappiness": chance.choice([1, 10, 60])},
+        "swap": {"swappiness": chance.choice([1, 10, 60])}
+        | chance.choice([{}, {"file": {"size": "1GiB"}}, {"file": {"size": "2GiB"}}])
+        | chance.choice([{}, {"zram": {"size": "1GiB"}}]),
     }
     return Desired(host=Host.model_validate(host), networks=networks, guests=guests)
 

@@ -17,9 +17,14 @@ from kvmd.actions import (
     Disruption,
     EnableGuest,
     EnsureBridge,
+    EnsureSwapFile,
+    EnsureZram,
     LoadModule,
+    MountHugetlbfs,
     PinGuest,
     RemoveBridge,
+    RemoveSwapFile,
+    RemoveZram,
     ReplaceRuleset,
     RestartGuest,
     SetHugepages,
@@ -30,6 +35,7 @@ from kvmd.actions import (
     StopDnsmasq,
     StopGuest,
     UnloadModule,
+    UnmountHugetlbfs,
     WriteDropIn,
     WriteKnob,
 )
@@ -45,11 +51,15 @@ from kvmd.facts import (
     JournalEntry,
     Link,
     Memory,
+    MemoryPath,
     Module,
     Process,
     RunningGuest,
+    SwapArea,
+    SwapFile,
     Thread,
     TunedKnob,
+    Zram,
 )
 from kvmd.plan import cpus
 from kvmd.plan.dnsmasq import bridge_of, config_sha256
@@ -64,6 +74,7 @@ from kvmd.plan.vlans import wanted_vlans
 from tests.rig.hosts import GIB, MIB, topology
 
 BOOT = "boot-1"
+SWAP_FILE = "/var/lib/kvmd/swap"  # the default of swap.file.path
 ALL = frozenset(Disruption)
 KERNEL_RATE = "100"  # pages_to_scan after the kernel's advisor was left
 KNOBS: Mapping[str, str] = {
@@ -75,8 +86,15 @@ KNOBS: Mapping[str, str] = {
     f"{KSM}/advisor_mode": "none",
     f"{KSM}/advisor_max_cpu": "70",
     f"{KSM}/advisor_target_scan_time": "300",
+    f"{KSM}/advisor_min_pages_to_scan": "500",
+    f"{KSM}/advisor_max_pages_to_scan": "30000",
+    f"{KSM}/smart_scan": "0",
+    f"{KSM}/use_zero_pages": "0",
+    f"{KSM}/max_page_sharing": "256",
     f"{THP}/enabled": "always",
     f"{THP}/defrag": "madvise",
+    f"{THP}/shmem_enabled": "never",
+    f"{THP}/khugepaged/defrag": "1",
     SWAPPINESS: "60",
     FORWARDING: "0",
     FORWARDING6: "0",
@@ -107,6 +125,9 @@ def fresh(*, total: int = 64 * GIB, units: bool = True) -> Facts:
         knobs=dict(KNOBS),
         modules=dict(MODULES),
         nodes=frozenset({"/dev/vfio/vfio", "/dev/vhost-net"}),
+        memory_paths=(MemoryPath("/mnt/pages", "directory"),),
+        swaps=(SwapArea("/dev/sda2", 4 * GIB, 0, -2),),
+        swap_files=(SwapFile(SWAP_FILE, free_bytes=100 * GIB),),
         links=LINKS,
         units=() if units else None,
     )
@@ -341,6 +362,8 @@ class FakeWorld:
         lines += sorted(f"link {replace(link, index=0)}" for link in facts.links)
         lines += [f"nft {facts.nft}, {facts.nft_ports}"]
         lines += sorted(f"module {name} {found.state}" for name, found in facts.modules.items())
+        lines += sorted(f"swap to {area}" for area in facts.swaps or ())
+        lines += sorted(f"memory path {path}" for path in facts.memory_paths)
         lines += sorted(f"dnsmasq {server.network} {server.config_sha256}" for server in facts.dnsmasq)
         lines += sorted(f"guest {g.name} {g.memory_bytes} {g.page_bytes} x{len(g.vcpu_threads)}" for g in facts.guests)
         lines += sorted(f"unit {unit}" for unit in facts.units or () if unit.drop_in or unit.enabled)
@@ -394,6 +417,59 @@ def _set_hugepages(world: FakeWorld, action: SetHugepages) -> None:
     world.journal(key, str(action.old), str(action.new), action.why)
     world.change()
     world._resize(action.node, action.page_bytes, action.new)
+
+
+def _mount_hugetlbfs(world: FakeWorld, action: MountHugetlbfs) -> None:
+    world.journal(records.hugetlbfs_key(action.path), action.kind, str(action.page_bytes), action.why)
+    made = MemoryPath(action.path, "directory", True, action.page_bytes, action.limit_bytes, ours=True)
+    world.change(memory_paths=(*(one for one in world.facts.memory_paths if one.path != action.path), made))
+
+
+def _unmount_hugetlbfs(world: FakeWorld, action: UnmountHugetlbfs) -> None:
+    left = MemoryPath(action.path, "absent" if action.remove else "directory")
+    world.change(memory_paths=(*(one for one in world.facts.memory_paths if one.path != action.path), left))
+    world.forget(records.hugetlbfs_key(action.path))
+
+
+def _ensure_swap_file(world: FakeWorld, action: EnsureSwapFile) -> None:
+    world.journal(records.swap_file_key(action.path), "", str(action.size_bytes), action.why)
+    there = next(one for one in world.facts.swap_files if one.path == action.path)
+    assert there.size_bytes is None or there.ours, "it is somebody else's"
+    made = replace(there, size_bytes=action.size_bytes, ours=True)
+    world.change(
+        swap_files=tuple(made if one is there else one for one in world.facts.swap_files),
+        swaps=_swaps(world, action.path, SwapArea(action.path, action.size_bytes, 0, -3)),
+    )
+
+
+def _remove_swap_file(world: FakeWorld, action: RemoveSwapFile) -> None:
+    files = (SwapFile(one.path, free_bytes=one.free_bytes) if one.path == action.path else one
+             for one in world.facts.swap_files)  # fmt: skip
+    world.change(swap_files=tuple(files), swaps=_swaps(world, action.path, None))
+    world.forget(records.swap_file_key(action.path))
+
+
+def _ensure_zram(world: FakeWorld, action: EnsureZram) -> None:
+    there = world.facts.zrams or ()
+    number = action.number if action.number is not None else max((one.number for one in there), default=-1) + 1
+    world.journal(records.zram_key(), "", str(number), action.why)
+    made = Zram(number, action.size_bytes, ours=True)
+    world.change(
+        zrams=(*(one for one in there if one.number != number), made),
+        swaps=_swaps(world, made.path, SwapArea(made.path, action.size_bytes, 0, 100)),
+    )
+
+
+def _remove_zram(world: FakeWorld, action: RemoveZram) -> None:
+    there = world.facts.zrams or ()
+    path = f"/dev/zram{action.number}"
+    world.change(zrams=tuple(one for one in there if one.number != action.number), swaps=_swaps(world, path, None))
+    world.forget(records.zram_key())
+
+
+def _swaps(world: FakeWorld, path: str, area: SwapArea | None) -> tuple[SwapArea, ...]:
+    rest = tuple(one for one in world.facts.swaps or () if one.path != path)
+    return (*rest, area) if area else rest
 
 
 def _ensure_bridge(world: FakeWorld, action: EnsureBridge) -> None:
@@ -514,6 +590,12 @@ def _enable_guest(world: FakeWorld, action: EnableGuest) -> None:
 EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     WriteKnob: _write_knob,
     SetHugepages: _set_hugepages,
+    MountHugetlbfs: _mount_hugetlbfs,
+    UnmountHugetlbfs: _unmount_hugetlbfs,
+    EnsureSwapFile: _ensure_swap_file,
+    RemoveSwapFile: _remove_swap_file,
+    EnsureZram: _ensure_zram,
+    RemoveZram: _remove_zram,
     EnsureBridge: _ensure_bridge,
     SetPortVlans: _set_port_vlans,
     RemoveBridge: _remove_bridge,

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import pytest
 
 from kvmd.actions import WriteKnob
-from kvmd.facts import GuestUnit, Link, Module, Thread
+from kvmd.facts import GuestUnit, Link, MemoryPath, Module, Thread
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.links import bridge_alias, bridge_mac, tap_name
 from kvmd.plan.network import FORWARDING
 from kvmd.plan.ports import tbf_of
 from kvmd.units import Rate
 from tests.rig.fakewishes import everything
-from tests.rig.fakeworld import FakeWorld
+from tests.rig.fakeworld import SWAP_FILE, FakeWorld
 from tests.rig.hosts import GIB, MIB
 
 
@@ -78,6 +78,11 @@ def unit(name: str, **fields: object) -> Callable[[FakeWorld], None]:
     return do
 
 
+def swapped_off(path: str) -> Callable[[FakeWorld], None]:
+    """`swapoff path`; the file or device stays."""
+    return lambda world: world.drift(swaps=tuple(one for one in world.facts.swaps or () if one.path != path))
+
+
 def added_link(made: Link) -> Callable[[FakeWorld], None]:
     return lambda world: world.drift(links=(*world.facts.links, made))
 
@@ -105,12 +110,26 @@ DRIFTS = (
     knob(f"{THP}/enabled", "always", "madvise"),
     knob(f"{THP}/defrag", "always", "defer"),
     knob(SWAPPINESS, "60", "10"),
+    knob(f"{KSM}/smart_scan", "0", "1"),
+    knob(f"{KSM}/use_zero_pages", "0", "1"),
+    knob(f"{KSM}/max_page_sharing", "256", "512"),
+    knob(f"{KSM}/advisor_min_pages_to_scan", "1", "600", merging="kernel"),
+    knob(f"{KSM}/advisor_max_pages_to_scan", "9", "20000", merging="kernel"),
+    knob(f"{THP}/shmem_enabled", "force", "advise"),
+    knob(f"{THP}/khugepaged/defrag", "1", "0"),
     # requirements
     knob(FORWARDING, "0", "1", tuning=False),
-    pool(0, 2 * MIB, 100, "~ hugepages 2MiB node 0: 100 -> 80 pages"),
-    pool(0, 2 * MIB, 64, "~ hugepages 2MiB node 0: 64 -> 80 pages"),
+    pool(0, 2 * MIB, 200, "~ hugepages 2MiB node 0: 200 -> 112 pages"),
+    pool(0, 2 * MIB, 64, "~ hugepages 2MiB node 0: 64 -> 112 pages"),
     pool(1, GIB, 0, "~ hugepages 1GiB node 1: 0 -> 2 pages"),
     pool(1, GIB, 3, "~ hugepages 1GiB node 1: 3 -> 2 pages"),
+    Drift("swapoff", swapped_off(SWAP_FILE), (f"+ swap file {SWAP_FILE}: 8GiB",)),
+    Drift("zram reset", swapped_off("/dev/zram0"), ("+ swap zram: 1GiB",)),
+    Drift(
+        "unmounted",
+        lambda world: world.drift(memory_paths=(MemoryPath("/mnt/pages", "directory"),)),
+        ("+ hugetlbfs /mnt/pages: 2MiB pages, at most 64MiB",),
+    ),
     # links
     link("kvlan", "~ bridge kvlan: down -> up", up=False),
     link("kvlan", "~ bridge kvlan: mtu 1400 -> 1500", mtu=1400),

@@ -36,6 +36,7 @@ def test_each_thing_names_the_guests_that_stand_on_it(world: FakeWorld) -> None:
         "bridge kvlab": ("db",),
         "bridge kvlan": ("web",),
         "nft table inet kvmd": ("db", "web"),
+        "nft table bridge kvmd": ("db", "web"),  # which ports it guards is in no fact
         FORWARDING: ("db", "web"),
         "dnsmasq lab": ("db",),
         "dnsmasq lan": ("web",),
