@@ -38,22 +38,32 @@ def fail(text: str) -> None:
 def receive(run_dir: str, name: str) -> list[int]:
     """All fds for this guest, the spec memfd first: from kvmd, or from its standby when kvmd is silent."""
     try:
-        return ask(run_dir + "/launch.sock", name, SILENCE_S)
+        return ask(run_dir, "launch.sock", name, SILENCE_S)
     except OSError as error:
         said = "kvmd does not answer on " + run_dir + "/launch.sock: " + str(error)
     os.write(2, ("kvmd-launch: " + said + "; asking its standby\n").encode())
     try:
-        return ask(run_dir + "/standby.sock", name, ANSWER_TIMEOUT_S)
+        return ask(run_dir, "standby.sock", name, ANSWER_TIMEOUT_S)
     except OSError as error:
         fail(said + "; nor does its standby: " + str(error))
         raise
 
 
-def ask(path: str, name: str, patience_s: float) -> list[int]:
+def connect(peer: _socket.socket, directory: str, name: str) -> None:
+    """By a descriptor of the directory, whose path may be longer than a socket's address. OSError."""
+    here = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        peer.connect("/proc/self/fd/" + str(here) + "/" + name)
+    finally:
+        os.close(here)
+
+
+def ask(run_dir: str, socket: str, name: str, patience_s: float) -> list[int]:
     """All fds that whoever listens there hands over. OSError when nobody says a word within patience_s."""
+    path = run_dir + "/" + socket
     peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     peer.settimeout(patience_s)
-    peer.connect(path)
+    connect(peer, run_dir, socket)
     peer.send(name.encode() + b"\n")
     fds: list[int] = []
     mark = b""
@@ -127,7 +137,7 @@ def announce(run_dir: str, name: str) -> None:
     peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     peer.settimeout(ANNOUNCE_TIMEOUT_S)
     try:
-        peer.connect(run_dir + "/launch.sock")
+        connect(peer, run_dir, "launch.sock")
         peer.send(b"stop " + name.encode() + b"\n")
         peer.recv(1)
     except OSError as error:
@@ -157,10 +167,6 @@ def stop(run_dir: str, name: str) -> None:
     patience_s = float(os.environ.get("KVMD_STOP_TIMEOUT_S", "90"))
     if os.environ.get("KVMD_AT_HOST_SHUTDOWN") == "kill" and host_goes_down():
         patience_s = 0.0
-    try:
-        here = os.open(run_dir + "/guests/" + name, os.O_PATH | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return
     monitor = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     monitor.settimeout(5)
     decoder = json.JSONDecoder()
@@ -184,7 +190,7 @@ def stop(run_dir: str, name: str) -> None:
                 return dict(message)
 
     try:
-        monitor.connect(f"/proc/self/fd/{here}/rescue.sock")
+        connect(monitor, run_dir + "/guests/" + name, "rescue.sock")
         ask("qmp_capabilities")
         if patience_s > 0:
             ask("system_powerdown")

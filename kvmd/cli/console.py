@@ -20,6 +20,7 @@ from types import FrameType
 from kvmd.cli.arguments import Parsed
 from kvmd.cli.session import Session
 from kvmd.errors import Conflict, Denied, NotFound
+from kvmd.unixpath import ShortPath
 
 ESCAPE = 0x1D  # ^], as telnet and virsh have it
 _CHUNK = 1 << 16
@@ -86,14 +87,11 @@ def _write(sink: int, data: bytes) -> None:
 
 
 def _connect(directory: str, name: str, port: str) -> socket.socket:
-    """The port's socket; its path may be longer than a socket's address can be, so it is named by a descriptor."""
+    """The port's socket."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sock.connect(f"/proc/self/fd/{fd}/serial-{port}.sock")
-        finally:
-            os.close(fd)
+        with ShortPath(f"{directory}/serial-{port}.sock") as address:
+            sock.connect(address)
     except OSError as error:
         sock.close()
         if isinstance(error, PermissionError):

@@ -13,6 +13,7 @@ from kvmd.effects.listeners import rows as waiting
 from kvmd.effects.tree import Tree
 from kvmd.plan.checks_network import PORTS
 from kvmd.plan.hostreport import Clock, HostLink, Listener, Unseen
+from kvmd.unixpath import ShortPath
 
 _IFF_TAP = 0x0002  # linux/if_tun.h
 _TIMEKEEPERS = ("chronyd", "systemd-timesyn", "ntpd", "ntpsec", "openntpd", "ptp4l")  # 15 bytes of the name
@@ -168,7 +169,8 @@ def answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(_CONNECT_S)
         try:
-            client.connect(str(path))
+            with ShortPath(path) as address:
+                client.connect(address)
         except OSError:
             return False
     return True

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kvmd.errors import HostFailed
 from kvmd.launch import FDS_PER_MESSAGE, FORMAT
+from kvmd.unixpath import ShortPath
 
 _log = logging.getLogger(__name__)
 NAME_TIMEOUT_S = 5.0
@@ -151,7 +152,8 @@ def listen_private(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
-        listener.bind(os.fspath(path))
+        with ShortPath(path) as address:
+            listener.bind(address)
     finally:
         os.umask(before)
     listener.listen(128)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from kvmd.errors import QemuFailed, TimedOut, Unreachable
+from kvmd.unixpath import ShortPath
 
 GREETING_TIMEOUT_S = 5.0  # a second client of one monitor gets no greeting at all, and waits for ever
 COMMAND_TIMEOUT_S = 5.0
-LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # a lost monitor is reported by its owner
 
@@ -50,18 +49,12 @@ class _Client(QMPClient):
 
 
 def connect_unix(path: Path) -> socket.socket:
-    """A connected non-blocking stream socket; paths over 107 bytes go by way of their directory's fd. OSError."""
+    """A connected non-blocking stream socket. OSError."""
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         peer.setblocking(False)
-        if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
-            peer.connect(os.fspath(path))
-        else:
-            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-            try:
-                peer.connect(f"/proc/self/fd/{directory}/{path.name}")
-            finally:
-                os.close(directory)
+        with ShortPath(path) as address:
+            peer.connect(address)
     except BaseException:
         peer.close()
         raise

@@ -9,10 +9,10 @@ from kvmd.qemu.caps import Capabilities
 from kvmd.qemu.fds import FdTable, ListenUnix, Memfd, OpenLog
 from kvmd.qemu.identity import Identity
 from kvmd.qemu.text import device_args, double, to_json
+from kvmd.unixpath import PATH_BYTES
 
 MONITORS = ("qmp", "rescue")  # kvmd's own, and one for people and for a host without kvmd
 ISA_SERIAL_PORTS = 4  # COM1 to COM4 (hw/char/serial-isa.c, MAX_ISA_SERIAL_PORTS)
-LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
 AGENT_PORT = "org.qemu.guest_agent.0"  # the name qemu-ga looks for
 _VIDEO = {"std": "VGA", "virtio": "virtio-vga"}
 
@@ -54,9 +54,9 @@ def serials(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds
 def display_socket(name: str, run_dir: str) -> str:
     """Where a guest's VNC server listens, in a directory of its uid. Raises Refused when that is too long a path."""
     path = f"{run_dir}/display/vnc.sock"
-    if len(path.encode()) > LONGEST_SOCKET_PATH:
+    if len(path.encode()) > PATH_BYTES:
         raise Refused(
-            f"guest {name}: {path} is longer than the {LONGEST_SOCKET_PATH} bytes of a socket's path",
+            f"guest {name}: {path} is longer than the {PATH_BYTES} bytes of a socket's path",
             hint="choose a shorter --run-dir",
         )
     return path

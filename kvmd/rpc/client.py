@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from kvmd.errors import KvmdError, TimedOut, Unreachable
+from kvmd.unixpath import ShortPath
 
 TYPE_CHECKING = False  # the client must not pay for importing typing; type checkers take this for true
 if TYPE_CHECKING:
     from typing import Any
 
-_PATH_BYTES = 107  # sun_path holds 108 with the final NUL (unix(7))
 _CHUNK = 256 << 10
 _NO_DAEMON = (errno.ENOENT, errno.ECONNREFUSED)
 _START_HINT = "systemctl start kvmd"
@@ -172,14 +172,9 @@ class Client:
         if left is not None:
             # Python's own timeout makes the socket non-blocking, and then a full backlog is an error at once.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(left), int(left % 1 * 1e6)))
-        directory = None
         try:
-            address = self._path
-            if len(os.fsencode(address)) > _PATH_BYTES:
-                head, tail = os.path.split(address)
-                directory = os.open(head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-                address = f"/proc/self/fd/{directory}/{tail}"
-            sock.connect(address)
+            with ShortPath(self._path) as address:
+                sock.connect(address)
         except BlockingIOError:
             sock.close()
             raise TimeoutError from None
@@ -187,9 +182,6 @@ class Client:
             sock.close()
             hint = _START_HINT if error.errno in _NO_DAEMON else "the socket's rights decide who may connect"
             raise Unreachable(f"{self._path}: {error.strerror or error}", hint=hint) from None
-        finally:
-            if directory is not None:
-                os.close(directory)
         return sock
 
 

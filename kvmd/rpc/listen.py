@@ -7,12 +7,11 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from kvmd.errors import Conflict, HostFailed
+from kvmd.unixpath import ShortPath
 
-PATH_BYTES = 107  # sun_path holds 108 with the final NUL (unix(7))
 _BACKLOG = 512
 
 
@@ -48,7 +47,7 @@ def listen_unix(path: Path, *, mode: int = 0o666) -> UnixListener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with short_path(path) as address:
+        with ShortPath(path) as address:
             _remove_stale(path, address)
             previous = os.umask(0o777 & ~mode)
             try:
@@ -90,16 +89,3 @@ def _remove_stale(path: Path, address: str) -> None:
         except BlockingIOError:
             pass  # a full backlog is a listener too
     raise _taken(path)
-
-
-@contextlib.contextmanager
-def short_path(path: Path) -> Iterator[str]:
-    """An address for `path` that fits into sun_path: through the directory's descriptor when it is too long."""
-    if len(os.fsencode(path)) <= PATH_BYTES:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +16,10 @@ import pytest
 
 from kvmd.effects.sysfs import HostTree
 from kvmd.rpc.client import RemoteError
+from kvmd.unixpath import ShortPath
 from tests.rig.guestconsole import LEASE, GuestConsole
 from tests.rig.guestfiles import LAN, linux, tiny, tiny_on
-from tests.rig.kvmdhost import KvmdHost
+from tests.rig.kvmdhost import REPO, KvmdHost
 from tests.rig.strict import KVM_IS_REAL
 
 pytestmark = pytest.mark.system
@@ -279,6 +284,33 @@ def test_a_broken_file_runs_from_its_last_good_version(host: KvmdHost) -> None:
     assert host.call("guest.start", name="a")["state"] == "running"
     assert host.show("a")["stale"] is True
     assert host.call("guest.start", name="b")["state"] == "running"
+
+
+def test_a_run_directory_may_have_any_length() -> None:
+    """A socket's address holds 107 bytes: clients, launchers, monitors and consoles all get along with more."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
+        Path(scratch).chmod(0o755)
+        base = Path(scratch, "x" * 150)
+        base.mkdir()
+        host = KvmdHost(base)
+        try:
+            host.guest("deep", tiny(host, "deep"))
+            host.start()
+            host.call("guest.start", name="deep")
+            pid = host.wait_state("deep", "running")["pid"]
+            host.restart()
+            assert host.wait_state("deep", "running")["pid"] == pid
+            assert "deep" in host.cli("list").stdout
+            with (
+                socket.socket(socket.AF_UNIX) as console,
+                ShortPath(host.run / "guests/deep/serial-console.sock") as at,
+            ):
+                console.connect(at)
+            stop = [sys.executable, "-I", "-S", str(REPO / "kvmd/launch.py"), "--stop", str(host.run), "deep"]
+            subprocess.run(stop, env={"KVMD_STOP_TIMEOUT_S": "0"}, check=True, timeout=30)
+            assert host.wait_state("deep", "stopped")["pid"] is None
+        finally:
+            host.close()
 
 
 @pytest.mark.parametrize("delay_ms", [0, 15, 30, 60, 120])

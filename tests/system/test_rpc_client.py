@@ -270,4 +270,5 @@ def test_importing_the_client_is_cheap() -> None:
         "kvmd.errors",
         "kvmd.rpc",
         "kvmd.rpc.client",
+        "kvmd.unixpath",
     ]

@@ -17,6 +17,7 @@ LAYERS = {
     "kvmd.errors": 0,
     "kvmd.units": 0,
     "kvmd.paths": 0,
+    "kvmd.unixpath": 0,
     "kvmd.launch": 0,
     "kvmd.standby": 0,
     "kvmd.config": 1,
@@ -43,7 +44,7 @@ LAYERS = {
 }
 IMPURE = frozenset({"os", "subprocess", "socket", "asyncio", "time", "random", "pathlib", "shutil", "tempfile"})
 EFFECTS_ONLY = frozenset({"pyroute2", "subprocess", "psutil", "qemu", "systemd"})
-CLIENT_MAY = frozenset({"kvmd", "kvmd.errors", "kvmd.units", "kvmd.paths", "kvmd.rpc.client"})
+CLIENT_MAY = frozenset({"kvmd", "kvmd.errors", "kvmd.units", "kvmd.paths", "kvmd.unixpath", "kvmd.rpc.client"})
 LONGEST_MODULE = 600
 LONGEST_FUNCTION = 80
 

@@ -468,5 +468,5 @@ def test_it_starts_on_little(daemon: ScriptedDaemon) -> None:
     assert not {name.split(".")[0] for name in loaded} & heavy
     assert {name for name in loaded if name.startswith("kvmd.")} <= {
         "kvmd.cli", "kvmd.cli.arguments", "kvmd.cli.session", "kvmd.cli.verbs", "kvmd.cli.guests", "kvmd.cli.render",
-        "kvmd.rpc", "kvmd.rpc.client", "kvmd.errors",
+        "kvmd.rpc", "kvmd.rpc.client", "kvmd.errors", "kvmd.unixpath",
     }  # fmt: skip

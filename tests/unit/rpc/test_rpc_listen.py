@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from kvmd.errors import Conflict, HostFailed
-from kvmd.rpc.listen import PATH_BYTES, listen_unix, short_path
+from kvmd.rpc.listen import listen_unix
+from kvmd.unixpath import PATH_BYTES, ShortPath
 
 
 def reachable(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock, short_path(path) as address:
+    with socket.socket(socket.AF_UNIX) as sock, ShortPath(path) as address:
         try:
             sock.connect(address)
         except OSError:
