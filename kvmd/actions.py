@@ -357,6 +357,19 @@ class PinGuest(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetLink(Action):
+    """Plug the cable of a running guest's card in, or pull it."""
+
+    guest: str
+    nic: str
+    up: bool
+
+    def line(self) -> str:
+        change = "pulled -> plugged in" if self.up else "plugged in -> pulled"
+        return f"~ guest {self.guest}: nic.{self.nic}.link {change}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestartGuest(Action):
     """The running guest differs from its file in something only a new QEMU can have."""
 
@@ -394,7 +407,7 @@ MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | Sw
 NetworkAction = EnsureBridge | SetPortVlans | ShapePort | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
 DeviceAction = LoadModule | UnloadModule | SetVfs | BindDevice | ReleaseDevice
 HostAction = MemoryAction | NetworkAction | DeviceAction | WriteKernelArgs
-GuestAction = StartGuest | StopGuest | PinGuest | RestartGuest | WriteDropIn | EnableGuest
+GuestAction = StartGuest | StopGuest | PinGuest | SetLink | RestartGuest | WriteDropIn | EnableGuest
 AnyAction = HostAction | GuestAction
 
 

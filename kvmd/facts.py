@@ -303,6 +303,9 @@ class RunningGuest:
         """CPU list of QEMU's main thread, "" when not looked at."""
         return self.others[0].cpus if self.others else ""
 
+    nics: tuple[str, ...] = ()  # names of the cards it was started with
+    unplugged: frozenset[str] = frozenset()  # of those, whose cable is pulled
+
 
 @dataclass(frozen=True, slots=True)
 class GuestLife:

@@ -21,6 +21,7 @@ from kvmd.actions import (
     ReplaceRuleset,
     RestartGuest,
     SetHugepages,
+    SetLink,
     StartGuest,
     StopGuest,
     WriteDropIn,
@@ -259,6 +260,8 @@ class Manager:
                     await self.guests.start(action.guest, actor)
                 case PinGuest():
                     self._pin(action)
+                case SetLink():
+                    await self.guests.supervisor(action.guest).set_link(action.nic, up=action.up)
                 case WriteDropIn() | EnableGuest():
                     self._tell_systemd(action)
                 case _:

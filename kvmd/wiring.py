@@ -13,7 +13,7 @@ from kvmd.effects.apply import HostApplier
 from kvmd.effects.sensors import KSM, HostSensors
 from kvmd.errors import QemuFailed
 from kvmd.guest.lifecycle import ALIVE
-from kvmd.guest.services import started_memory, started_pages
+from kvmd.guest.started import started_memory, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager
 from kvmd.plan.ksm import rate_wish

@@ -171,8 +171,17 @@ class Nic(Table):
     hub: None = later("number", "Hub inside the guest's QEMU.", classic="-net vlan=")
     model: QemuWord = key("virtio", "The device.", mark="!", classic="-net nic,model=", needs="device of that name")
     mac: Mac | None = key(None, "Absent: made from the guest's uuid and NAME.", mark="!", classic="macaddr=")
-    pci_address: None = later("PCI slot", "Slot and function.", mark="!", classic="addr=")
-    vectors: None = later("number", "MSI-X vectors.", mark="!", classic="vectors=")
+    pci_address: PciAddress | None = key(None, "Slot and function.", mark="!", classic="addr=")
+    vectors: int | None = key(
+        None,
+        "MSI-X vectors; 0: none, the card interrupts by a pin.",
+        mark="!",
+        classic="vectors=",
+        ge=0,
+        le=2048,
+        example="4",
+        default_text="2 a queue pair and 2, of a card with several; else QEMU's",
+    )
     mtu: int | None = key(
         None,
         "MTU told to the guest.",
@@ -196,7 +205,7 @@ class Nic(Table):
     native_vlan: Vlan | None = key(None, "Of a trunk: this VLAN besides, without a tag.", mark="~", example="5")
     ipv4: Ipv4 | None = key(None, "The DHCP reservation and the DNS name's address.", mark="~")
     ipv6: Ipv6 | None = key(None, "As ipv4: the DHCPv6 reservation and the name's address.", mark="~")
-    link: None = later("boolean", "Cable plugged in.", mark="~")
+    link: bool = key(True, "Cable plugged in.", mark="~")
     rate_in: RateT | None = key(None, "Limit of what reaches the guest.", mark="~")
     rate_out: RateT | None = key(None, "Limit of what leaves it; what is beyond is dropped.", mark="~")
     guard: bool = key(

@@ -183,18 +183,31 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
             if address is not None:
                 yield Complaint((*path, key), "only with network")
     yield from _vlans(path, nic)
+    yield from _vectors(path, nic)
     if nic.net is not None and nic.dns is not None and nic.dns not in nic.net:
         yield Complaint((*path, "dns"), f"{nic.dns} is outside net = {nic.net}")
     for key, given in (("rate_in", nic.rate_in), ("rate_out", nic.rate_out), ("guard", nic.guard)):
         if given and nic.network is None:
             yield Complaint((*path, key), "only with network")
-    for key, given in (("mtu", nic.mtu is not None), ("queues", nic.queues > 1)):
+    for key, given in (
+        ("mtu", nic.mtu is not None),
+        ("queues", nic.queues > 1),
+        ("vectors", nic.vectors is not None),
+    ):
         if given and not nic.model.startswith("virtio"):
             yield Complaint((*path, key), f'only with model = "virtio"; it is "{nic.model}"')
     if nic.queues > 1 and nic.network is None:
         yield Complaint((*path, "queues"), "only with network")
     elif nic.queues > vcpus:
         yield Complaint((*path, "queues"), f"{nic.queues} queue pairs, but cpu.vcpus = {vcpus}")
+
+
+def _vectors(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
+    """Virtio 1.2, 5.1.2: a queue pair has two queues, beside them are configuration changes and the control queue."""
+    wanted = 2 * nic.queues + 2
+    if nic.vectors is not None and nic.queues > 1 and nic.vectors < wanted:
+        text = f"{nic.vectors} for {nic.queues} queue pairs: with fewer than {wanted} queues share an interrupt"
+        yield Complaint((*path, "vectors"), text, "leave the key out", severity="warning")
 
 
 def _vlans(path: tuple[str, ...], nic: Nic) -> Iterator[Complaint]:
@@ -246,6 +259,11 @@ def _passthrough(guest: Guest) -> Iterator[Complaint]:
 
 def _nics_together(guest: Guest) -> Iterator[Complaint]:
     nics = guest.nic.items()
+    slots = [(f"disk.{name}", disk.pci_address) for name, disk in guest.disk.items()]
+    slots += [(f"nic.{name}", nic.pci_address) for name, nic in nics]
+    for key, other, slot in twice(slots):
+        if key.startswith("nic."):
+            yield Complaint(("nic", key[4:], "pci_address"), f'"{slot}" is the slot of {other} too')
     for name, other, mac in twice((name, nic.mac) for name, nic in nics):
         yield Complaint(("nic", name, "mac"), f'"{mac}" is the address of nic.{other} too')
     for name, other, _ in twice((name, (nic.network, nic.ipv4) if nic.ipv4 else None) for name, nic in nics):

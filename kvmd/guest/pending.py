@@ -8,7 +8,7 @@ from typing import Any
 from kvmd.config.catalogue import generic, keys_of
 from kvmd.config.guest import Guest
 from kvmd.effects.records import GuestRun
-from kvmd.guest.services import started_config
+from kvmd.guest.started import started_config
 
 
 def pending_changes(run: GuestRun | None, guest: Guest | None) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from kvmd.facts import CpuTopology, Facts, GuestLife, RunningGuest
 from kvmd.guest import strays
 from kvmd.guest.lifecycle import ALIVE, Cause, State
 from kvmd.guest.pending import pending_changes
-from kvmd.guest.services import Services, started_memory, started_nodes, started_pages
+from kvmd.guest.services import Services
+from kvmd.guest.started import started_memory, started_nics, started_nodes, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.plan import cpus
 from kvmd.plan.host import admit
@@ -317,6 +318,8 @@ class Roster:
             affinity=tuple(str(threads.affinity(tid)) for tid in vcpus),
             others=threads.observe_others(found.pid, vcpus, workers) if vcpus else (),
             nodes=started_nodes(record),
+            nics=started_nics(record) if supervisor.state is not State.STARTING else (),
+            unplugged=self.services.unplugged(supervisor.name),
         )
 
     def pending(self, supervisor: Supervisor) -> tuple[str, ...]:

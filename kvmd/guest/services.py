@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import grp
-import json
 import logging
 import os
 import secrets
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvmd.config.desired import Desired, Loaded
-from kvmd.config.guest import DEFAULT_PAGE_SIZE, Guest, Limits
+from kvmd.config.guest import Guest, Limits
 from kvmd.config.network import bridge_name
 from kvmd.effects import birthmark, files, logs, proc, process, threads
 from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
@@ -51,7 +50,7 @@ from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
-from kvmd.units import CpuSet, Size
+from kvmd.units import Size
 
 _log = logging.getLogger(__name__)
 
@@ -394,6 +393,22 @@ class Services:
         """A socket of the guest: "qmp", "rescue", "serial-NAME"."""
         return self.paths.guest_run(name) / f"{purpose}.sock"
 
+    def unplugged(self, name: str) -> frozenset[str]:
+        """Cards of the present run whose cable kvmd has pulled. QEMU itself cannot be asked."""
+        try:
+            return frozenset(self._links_file(name).read_text().split())
+        except OSError:
+            return frozenset()
+
+    async def set_link(self, name: str, monitor: Monitor, nic: str, *, up: bool) -> None:
+        """Plug a cable in or pull it; noted afterwards, so that what was not noted is done again. QemuFailed..."""
+        await monitor.execute("set_link", name=f"nic-{nic}", up=up)
+        pulled = self.unplugged(name) - {nic} if up else self.unplugged(name) | {nic}
+        files.write_atomic(self._links_file(name), " ".join(sorted(pulled)).encode())
+
+    def _links_file(self, name: str) -> Path:
+        return self.paths.guest_run(name) / "unplugged"
+
     def last_words(self, name: str) -> str:
         """The last line QEMU or its launcher wrote."""
         return process.last_words(self.paths.guest_log(name) / "qemu.log")
@@ -488,48 +503,6 @@ def vcpu_threads(reply: Any) -> tuple[int, ...]:
         return tuple(int(cpu["thread-id"]) for cpu in sorted(reply, key=lambda cpu: int(cpu["cpu-index"])))
     except (TypeError, KeyError, ValueError):
         raise QemuFailed("query-cpus-fast answered something else than CPUs") from None
-
-
-def started_config(run: GuestRun) -> Mapping[str, Any]:
-    """The guest's tables as they were when it was started; empty when the record is older than that."""
-    try:
-        found = json.loads(run.config_text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def started_pages(run: GuestRun) -> int | None:
-    """Bytes of a hugepage of the running QEMU's memory; None when it has none, whatever its file asks for.
-
-    A guest whose pages were missing runs without (memory.fallback): its command line says which it is.
-    """
-    memory = started_memory(run)
-    backend = next((word for word in run.argv if word.startswith('{"qom-type":"memory-backend')), None)
-    if memory.get("backing") not in ("hugepages", "file") or (backend and '"memory-backend-ram"' in backend):
-        return None
-    page = memory.get("page_size") or (DEFAULT_PAGE_SIZE if memory["backing"] == "hugepages" else None)
-    return int(page) if page else None
-
-
-def started_memory(run: GuestRun) -> Mapping[str, Any]:
-    """The [memory] table of `started_config`: looked at for every guest at every tick of the tuning agent."""
-    return _memory_table(run.config_text)
-
-
-def started_nodes(run: GuestRun) -> CpuSet | None:
-    """cpu.nodes as it was when the guest was started."""
-    found = started_config(run).get("cpu", {}).get("nodes")
-    return CpuSet.parse(found) if isinstance(found, str) else None
-
-
-@functools.lru_cache(maxsize=512)
-def _memory_table(config_text: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(config_text or "{}").get("memory", {})
-    except (ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 async def _ask_all(monitor: Monitor, queries: Iterable[verify.Query]) -> list[Any]:

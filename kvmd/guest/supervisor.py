@@ -26,6 +26,7 @@ from kvmd.guest import lifecycle
 from kvmd.guest.birth import Birth, Newborn
 from kvmd.guest.lifecycle import ALIVE, Cause, Effect, Life, Policy, State
 from kvmd.guest.services import Born, Services
+from kvmd.guest.started import started_nics
 from kvmd.qemu import events as qmp_events
 from kvmd.qemu.fds import Launch
 
@@ -340,6 +341,7 @@ class Supervisor:
             return
         born = await self.services.verify_and_place(self.name, run.record, run.monitor, run.launch)
         run.born = born
+        await self._pull_cables(run)
         await run.monitor.execute("cont")
         run.record = self.services.store.record_running(self.name, self.services.now())
         self.status = replace(
@@ -348,6 +350,18 @@ class Supervisor:
         self._feed(lifecycle.Started())
         if run.last_start:
             await self.services.keep_last_start(run.last_start)
+
+    async def _pull_cables(self, run: _Run) -> None:
+        """Before the guest's first look: a card comes with its cable plugged in."""
+        guest = self.services.guest(self.name)
+        for nic in started_nics(run.record) if guest else ():
+            wish = guest.nic.get(nic) if guest else None
+            if wish is not None and not wish.link:
+                await self.services.set_link(self.name, run.monitor, nic, up=False)
+
+    async def set_link(self, nic: str, *, up: bool) -> None:
+        """Plug a cable of the running guest in, or pull it. Conflict, QemuFailed, TimedOut, Unreachable."""
+        await self.services.set_link(self.name, self._monitor(), nic, up=up)
 
     async def _finish_adopted(self) -> None:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvmd.actions import Action, Problem, ReplaceRuleset, ShapePort
+from kvmd.actions import Action, Problem, ReplaceRuleset, SetLink, ShapePort
 from kvmd.config.devices import Nic
 from kvmd.config.guest import Guest
 from kvmd.config.network import Network, bridge_name, makes_bridge
@@ -30,7 +30,7 @@ _BURST_BYTES = 128 << 10  # two unsegmented sends of 64 KiB
 def plan_ports(
     networks: Mapping[str, Network], guests: Mapping[str, Guest], macs: Macs, uuids: Uuids, facts: Facts
 ) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
-    """The table of ports, then the queue of each TAP that is there."""
+    """The table of ports, then the queue of each TAP that is there, then the cables of running guests."""
     actions: list[Action] = []
     text = port_rules(networks, guests, macs, uuids)
     change = difference(text, facts.nft_ports)
@@ -41,6 +41,7 @@ def plan_ports(
         }.get(change, "guard and rate_out of the guests' NICs")
         actions.append(ReplaceRuleset(text=text, change=change, table="bridge kvmd", why=why))
     actions += _queues(guests, facts)
+    actions += _links(guests, facts)
     return tuple(actions), ()
 
 
@@ -113,6 +114,17 @@ def _allowed(who: str, nic: Nic, mac: str, name: str, network: Network, fixed: A
         tagged=network.network.vlan_filtering,
         trunk=bool(nic.vlans),
     )
+
+
+def _links(guests: Mapping[str, Guest], facts: Facts) -> Iterator[Action]:
+    """Cables of cards that a running guest has."""
+    for running in sorted(facts.guests, key=lambda guest: guest.name):
+        guest = guests.get(running.name)
+        for name in running.nics if guest else ():
+            nic = guest.nic.get(name) if guest else None
+            if nic is not None and nic.link == (name in running.unplugged):
+                why = f"nic.{name}.link = {str(nic.link).lower()}"
+                yield SetLink(guest=running.name, nic=name, up=nic.link, why=why)
 
 
 def _queues(guests: Mapping[str, Guest], facts: Facts) -> Iterator[Action]:

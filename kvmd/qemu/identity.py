@@ -164,10 +164,12 @@ def _free_slot(name: str, key: str, slots: dict[str, str], now: Iterable[str], f
 
 def _explicit_slots(guest: Guest) -> dict[str, str]:
     found: dict[str, str] = {}
-    for key, disk in guest.disk.items():
-        if disk.pci_address:
-            slot, _, function = disk.pci_address.partition(".")
-            found[f"disk-{key}"] = f"{int(slot, 16):02x}.{function or '0'}"
+    wishes = [(f"disk-{key}", disk.pci_address) for key, disk in guest.disk.items()]
+    wishes += [(f"nic-{key}", nic.pci_address) for key, nic in guest.nic.items()]
+    for device, wish in wishes:
+        if wish:
+            slot, _, function = wish.partition(".")
+            found[device] = f"{int(slot, 16):02x}.{function or '0'}"
     return found
 
 

@@ -114,6 +114,10 @@ def _device(
                 hint="take queues out",
             )
         device |= {"mq": True, "vectors": 2 * nic.queues + _VECTORS_EXTRA}
+    if nic.vectors is not None:
+        if not virtio:
+            raise Refused(f"guest {name}: nic.{key}.vectors: only a virtio card lets them be chosen")
+        device["vectors"] = nic.vectors
     if nic.mtu is not None and not virtio:
         raise Refused(f"guest {name}: nic.{key}.mtu: only a virtio card can tell the guest its MTU")
     if virtio and (nic.mtu or mtu):

@@ -28,6 +28,7 @@ from kvmd.actions import (
     ReplaceRuleset,
     RestartGuest,
     SetHugepages,
+    SetLink,
     SetPortVlans,
     ShapePort,
     StartDnsmasq,
@@ -314,6 +315,8 @@ class FakeWorld:
             affinity=tuple(str(each) for each in placement.vcpus),
             others=(Thread(self._pids, "qemu-system-x86", str(placement.emulator)),),
             nodes=guest.cpu.nodes,
+            nics=tuple(guest.nic),
+            unplugged=frozenset(nic for nic, table in guest.nic.items() if not table.link),
         )
         if page:
             self._use_pages(page, -(-int(guest.memory.size) // page))
@@ -570,6 +573,14 @@ def _pin_guest(world: FakeWorld, action: PinGuest) -> None:
     )
 
 
+def _set_link(world: FakeWorld, action: SetLink) -> None:
+    def changed(guest: RunningGuest) -> RunningGuest:
+        pulled = guest.unplugged - {action.nic} if action.up else guest.unplugged | {action.nic}
+        return replace(guest, unplugged=pulled)
+
+    world.change(guests=tuple(changed(one) if one.name == action.guest else one for one in world.facts.guests))
+
+
 def _unit(world: FakeWorld, name: str) -> GuestUnit:
     return next((unit for unit in world.facts.units or () if unit.guest == name), GuestUnit(name))
 
@@ -609,6 +620,7 @@ EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     StopGuest: _stop_guest,
     RestartGuest: _restart_guest,
     PinGuest: _pin_guest,
+    SetLink: _set_link,
     WriteDropIn: _write_drop_in,
     EnableGuest: _enable_guest,
 }

@@ -411,6 +411,24 @@ CASES = [
             ':5: nic.a.hostfwd: "8080:80" is not a forwarding: PROTOCOL:ADDRESS:PORT-ADDRESS:PORT, for example "tcp:127.0.0.1:8080-:80"'
         ],
     ),
+    (GUEST, BASE + 'vectors = 4\nmodel = "e1000"\n', [':5: nic.a.vectors: only with model = "virtio"; it is "e1000"']),
+    (GUEST, BASE + "guard = true\n", [":5: nic.a.guard: only with network"]),
+    (GUEST, BASE + 'rate_in = "10Mbit"\n', [":5: nic.a.rate_in: only with network"]),
+    (
+        GUEST,
+        BASE + 'rate_out = "1Kbit"\n',
+        [':5: nic.a.rate_out: "1Kbit" is outside what can be kept: "8Kbit" to "32Gbit"'],
+    ),
+    (
+        GUEST,
+        BASE + 'rate_out = "100M"\n',
+        [':5: nic.a.rate_out: "100M" is not a bandwidth: write for example "100Mbit" or "2Gbit"'],
+    ),
+    (
+        GUEST,
+        BASE + 'pci_address = "05"\n[nic.b]\ntype = "user"\npci_address = "05"\n',
+        [':8: nic.b.pci_address: "05" is the slot of nic.a too'],
+    ),
     (GUEST, BASE + 'mtu = 9000\nmodel = "e1000"\n', [':5: nic.a.mtu: only with model = "virtio"; it is "e1000"']),
     (GUEST, BASE + "queues = 4\n", [":5: nic.a.queues: only with network"]),
     (

@@ -168,6 +168,13 @@ DRIFTS = (
     ),
     link(tap_name("web", "n0"), "~ guest web: nic.n0.rate_in none -> 10Mbit", tbf=None),
     link(tap_name("web", "n0"), "~ guest web: nic.n0.rate_in 1Mbit -> 10Mbit", tbf=tbf_of(Rate.parse("1Mbit"))),
+    Drift(
+        "cable pulled",
+        lambda world: world.drift(
+            guests=tuple(replace(g, unplugged=frozenset(g.nics[:1])) for g in world.facts.guests)
+        ),
+        ("~ guest db: nic.n0.link pulled -> plugged in", "~ guest web: nic.n0.link pulled -> plugged in"),
+    ),
     Drift("server killed", served("lan", None), ("+ dnsmasq for network lan",)),
     Drift("server changed", served("lan", "0" * 64), ("~ dnsmasq for network lan: new configuration",)),
     Drift("server on a dead link", served("lab", ""), ("~ dnsmasq for network lab: restart",)),

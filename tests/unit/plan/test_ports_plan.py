@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvmd.actions import Action, Disruption, ReplaceRuleset, ShapePort
 from kvmd.config.guest import Guest
 from kvmd.config.network import Network
-from kvmd.facts import Facts, Link
+from kvmd.facts import Facts, Link, Process, RunningGuest
 from kvmd.plan.guard import link_local
 from kvmd.plan.links import bridge_mac, tap_alias, tap_name
 from kvmd.plan.nfttable import fingerprint
@@ -142,6 +142,20 @@ def test_each_key_changes_under_a_running_guest_and_is_one_line(change: str) -> 
     facts = carry_out((action,), facts)
     (back,), _ = plan_ports(networks, {"web": guest()}, MACS, UUIDS, facts)
     assert back.line() == (line.replace("none -> 10Mbit", "10Mbit -> none") if change == "rate_in" else "- " + line[2:])
+
+
+def test_a_cable_is_pulled_and_plugged_in_of_running_guests_that_have_the_card() -> None:
+    running = RunningGuest("web", UUIDS["web"], Process(1, 1), 64 << 20, nics=("lan",))
+    facts = Facts(guests=(running,))
+    wish = {"web": guest(link=False), "db": guest(link=False)}
+    (action,), _ = plan_ports({"lan": network()}, wish, MACS, UUIDS, facts)
+    assert action.line() == "~ guest web: nic.lan.link plugged in -> pulled" and action.disruption is Disruption.NONE
+    pulled = replace(facts, guests=(replace(running, unplugged=frozenset({"lan"})),))
+    assert plan_ports({"lan": network()}, wish, MACS, UUIDS, pulled)[0] == ()
+    (action,), _ = plan_ports({"lan": network()}, {"web": guest()}, MACS, UUIDS, pulled)
+    assert action.line() == "~ guest web: nic.lan.link pulled -> plugged in"
+    without = replace(facts, guests=(replace(running, nics=()),))
+    assert plan_ports({"lan": network()}, wish, MACS, UUIDS, without)[0] == (), "a card that waits for a restart"
 
 
 def test_a_queue_somebody_changed_is_put_right_and_other_links_are_left() -> None:

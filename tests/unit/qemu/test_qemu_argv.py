@@ -93,6 +93,21 @@ def test_vhost_only_for_virtio_cards_on_networks() -> None:
     assert not any(isinstance(request, OpenVhostNet) for request in built(guest_of(nic=nics)).opens)
 
 
+def test_a_cards_place_and_vectors_are_what_the_file_says() -> None:
+    nics = {
+        "a": {"network": "lan", "pci_address": "0a", "vectors": 3},
+        "b": {"network": "lan", "queues": 4},
+        "c": {"network": "lan", "queues": 2, "vectors": 0},
+    }
+    launch = built(guest_of(nic=nics, cpu={"vcpus": 4}), vhost=True)
+    cards = {card["id"]: card for value in after(launch, "-device") if (card := json.loads(value)).get("netdev")}
+    assert (cards["nic-a"]["addr"], cards["nic-a"]["vectors"]) == ("0a.0", 3)
+    assert (cards["nic-b"]["mq"], cards["nic-b"]["vectors"]) == (True, 10)
+    assert cards["nic-c"]["vectors"] == 0
+    backends = {backend["id"]: backend for backend in map(json.loads, after(launch, "-netdev"))}
+    assert backends["net-b"]["vhostfds"].count(":") == backends["net-b"]["fds"].count(":") == 3
+
+
 def test_boot_order_gives_indexes_to_what_it_names_only() -> None:
     disks = {"a": {"file": "/a", "format": "raw"}, "b": {"file": "/b", "format": "raw"}}
     launch = built(guest_of(disk=disks, boot={"order": ("disk.b",)}))
@@ -115,6 +130,7 @@ def test_boot_order_gives_indexes_to_what_it_names_only() -> None:
         ({"nic": {"a": {"type": "user", "model": "VGA"}}}, {}, NotSupported, "no such card"),
         ({"nic": {"a": {"network": "n", "model": "e1000", "queues": 2}}}, {}, Refused, "several queues"),
         ({"nic": {"a": {"network": "n", "model": "e1000", "mtu": 1400}}}, {}, Refused, "only a virtio card"),
+        ({"nic": {"a": {"network": "n", "model": "e1000", "vectors": 4}}}, {}, Refused, "only a virtio card"),
         ({"memory": {"size": Size((64 << 20) + 4096)}}, {}, Refused, "not a multiple of 1MiB"),
         ({"memory": {"size": Size(65 << 20), "backing": "hugepages"}}, {}, Refused, "not a multiple of 2MiB"),
         (
