@@ -15,11 +15,14 @@ from kvmd.config.scalars import (
     Ipv4,
     Ipv4Network,
     Ipv6,
+    KeyboardLayout,
     Mac,
     Path,
     PciAddress,
+    PositiveSize,
     QemuWord,
     RateT,
+    RtcBase,
     TableName,
     Vlan,
 )
@@ -284,22 +287,31 @@ class Display(Table):
     password_file: None = later("absolute path", "Password, never on a command line.", mark="~")
     tls: None = later("table", "Certificates.", mark="!")
     websocket: None = later("number", "Port for browsers.", mark="!")
-    keyboard: None = later("text", "Keyboard layout.", mark="!", classic="-k")
+    keyboard: KeyboardLayout | None = key(
+        None, "Keyboard layout of viewers that send no key codes.", mark="!", classic="-k", example='"de"'
+    )
 
 
 class Video(Table):
     """[video]"""
 
-    model: Literal["std", "virtio", "none"] | None = key(
+    model: Literal["std", "virtio", "cirrus", "qxl", "vmware", "bochs", "ramfb", "none"] | None = key(
         None,
         "Graphics card.",
         mark="!",
         classic="-vga",
         default_text="std with a display, else none",
         example='"virtio"',
-        later_values=("cirrus", "qxl", "vmware", "bochs", "ramfb"),
     )
-    memory: None = later("size", "Video memory.", mark="!")
+    memory: PositiveSize | None = key(
+        None,
+        "Of the graphics card; not of virtio and ramfb.",
+        mark="!",
+        unit="bytes",
+        classic="-global VGA.vgamem_mb=",
+        default_text="QEMU's, 16 MiB for most",
+        example='"32MiB"',
+    )
 
 
 class Serial(Table):
@@ -344,15 +356,31 @@ class Rng(Table):
 class Watchdog(Table):
     """[watchdog]"""
 
-    model: None = later("text", "Watchdog device.", mark="!", classic="-watchdog")
-    action: None = later("text", "What it does.", mark="!", classic="-watchdog-action")
+    model: Literal["i6300esb", "ib700"] | None = key(
+        None, "Watchdog device; absent: none.", mark="!", classic="-watchdog", example='"i6300esb"'
+    )
+    action: Literal["reset", "poweroff", "pause", "none", "inject-nmi"] = key(
+        "reset", "What happens when the guest does not feed it in time.", mark="!", classic="-watchdog-action"
+    )
 
 
 class Rtc(Table):
     """[rtc]"""
 
-    base: None = later("text", "utc, localtime or a date.", mark="!", classic="-rtc base=")
-    clock: None = later("text", "host, rt or vm.", mark="!", classic="-rtc clock=")
+    base: RtcBase | None = key(
+        None,
+        'Where the guest\'s clock begins: "utc", "localtime", or a date and time.',
+        mark="!",
+        classic="-rtc base=",
+        default_text='utc; localtime with machine.os = "windows"',
+        example='"utc"',
+    )
+    clock: Literal["host", "rt", "vm"] = key(
+        "host",
+        "What it runs on: the host's clock with its corrections, without them, or guest time.",
+        mark="!",
+        classic="-rtc clock=",
+    )
 
 
 class Vsock(Table):
@@ -364,13 +392,25 @@ class Vsock(Table):
 class Sound(Table):
     """[sound]"""
 
-    model: None = later("text", "Sound card.", mark="!", classic="-soundhw")
+    model: Literal["hda", "ac97", "es1370"] | None = key(
+        None, "Sound card, which nobody hears; absent: none.", mark="!", classic="-soundhw", example='"hda"'
+    )
 
 
 class Usb(Table):
     """[usb]"""
 
-    controller: None = later("text", "USB controller.", mark="!", classic="-usb")
+    controller: Literal["xhci", "none"] | None = key(
+        None,
+        "USB controller.",
+        mark="!",
+        classic="-usb",
+        default_text="xhci where a device needs one, else none",
+        example='"xhci"',
+    )
+    tablet: bool = key(
+        False, "A pointer that follows a viewer's mouse exactly.", mark="!", classic="-usbdevice tablet", example="true"
+    )
 
 
 class Pvpanic(Table):
@@ -382,7 +422,14 @@ class Pvpanic(Table):
 class Hyperv(Table):
     """[hyperv]"""
 
-    enabled: None = later("boolean", "Enlightenments for Windows.", mark="!", classic="-cpu hv_*")
+    enabled: bool | None = key(
+        None,
+        "What makes Windows faster under KVM (QEMU's hv-* features).",
+        mark="!",
+        classic="-cpu hv_*",
+        default_text='true with machine.os = "windows"',
+        example="true",
+    )
 
 
 class Share(Table):

@@ -31,7 +31,7 @@ from kvmd.config.devices import (
     Vsock,
     Watchdog,
 )
-from kvmd.config.key import Table, key, later, named_tables, table
+from kvmd.config.key import Table, key, later, named_tables, optional_table, table
 from kvmd.config.scalars import (
     AutoDuration,
     BootOrder,
@@ -74,6 +74,17 @@ class About(Table):
     cluster: bool = key(False, "A cluster manager starts and stops this guest; refuses start.auto.")
 
 
+class Smbios(Table):
+    """[machine.smbios]: type 1, what `dmidecode -s system-…` says inside."""
+
+    manufacturer: str | None = key(None, "Maker.", mark="!", classic="-smbios", max_length=64, example='"Example"')
+    product: str | None = key(None, "Product.", mark="!", classic="-smbios", max_length=64, example='"Shop server"')
+    version: str | None = key(None, "Version.", mark="!", classic="-smbios", max_length=64, example='"2"')
+    serial: str | None = key(None, "Serial number.", mark="!", classic="-smbios", max_length=64, example='"A-0017"')
+    sku: str | None = key(None, "Order number.", mark="!", classic="-smbios", max_length=64, example='"4711"')
+    family: str | None = key(None, "Family.", mark="!", classic="-smbios", max_length=64, example='"shop"')
+
+
 class Machine(Table):
     """[machine]"""
 
@@ -87,8 +98,13 @@ class Machine(Table):
         classic="-enable-kvm",
     )
     emulator: Emulator | None = key(None, "Another QEMU than qemu.emulator of kvmd.toml.", mark="!")
-    os: None = later("text", "Guest operating system family, for defaults.", mark="!")
-    smbios: None = later("table", "SMBIOS strings.", mark="!", classic="-smbios")
+    os: Literal["linux", "windows", "other"] | None = key(
+        None,
+        'Guest operating system, for defaults: "windows" has its clock in local time and wants [hyperv].',
+        mark="!",
+        example='"windows"',
+    )
+    smbios: Smbios | None = optional_table("Strings of the system's SMBIOS table.")
     default_nic: bool = key(
         True, "Without any [nic.NAME]: one user-mode NIC, as QEMU does.", mark="!", classic="-net none"
     )
@@ -338,10 +354,24 @@ class Boot(Table):
         classic="-boot order=",
         example='["disk.root", "nic.lan"]',
     )
-    once: None = later("text", "Order of the first boot only.", mark="!", classic="-boot once=")
+    once: BootOrder | None = key(
+        None,
+        "Order of the first boot only; a reset goes back to `order`.",
+        mark="!",
+        classic="-boot once=",
+        example='["disk.cd"]',
+    )
     menu: bool = key(False, "The firmware's boot menu.", mark="!", classic="-boot menu=")
-    splash: None = later("absolute path", "Picture shown with the menu.", mark="!", classic="-boot splash=")
-    splash_time: None = later("duration", "How long.", mark="!", classic="-boot splash-time=")
+    splash: Path | None = key(
+        None,
+        "Picture shown with the menu: a JPEG, or a BMP of 24 bits.",
+        mark="!",
+        classic="-boot splash=",
+        example='"/srv/vm/logo.jpg"',
+    )
+    splash_time: DurationT | None = key(
+        None, "How long the menu waits.", mark="!", classic="-boot splash-time=", example='"5s"'
+    )
     kernel: Path | None = key(None, "Boot this Linux kernel.", mark="!", classic="-kernel", example='"/srv/vm/vmlinuz"')
     initrd: Path | None = key(None, "With boot.kernel.", mark="!", classic="-initrd", example='"/srv/vm/initrd.img"')
     cmdline: str | None = key(

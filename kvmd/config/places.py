@@ -90,10 +90,10 @@ def scsi_buses(guest: Guest, machine: str) -> tuple[int, ...]:
 
 
 def controllers(guest: Guest, machine: str) -> tuple[str, ...]:
-    """Ids of the PCI controllers a guest's drives need beyond the board's own."""
+    """Ids of the PCI controllers a guest's drives and USB devices need beyond the board's own."""
     buses = {disk_bus(disk, machine) for disk in guest.disk.values()}
     found = [f"scsi{bus}" for bus in scsi_buses(guest, machine)]
     found += ["sata"] if "sata" in buses and not is_q35(machine) else []
-    found += ["usb"] if "usb" in buses else []
+    found += ["usb"] if "usb" in buses or guest.usb.tablet or guest.usb.controller == "xhci" else []
     found += ["sdhci"] if "sd" in buses else []
     return tuple(found)

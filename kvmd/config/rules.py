@@ -18,6 +18,7 @@ from kvmd.units import MAX_CPU, Duration, Size
 _MIB = 1 << 20
 # What QEMU needs beside the guest's memory, as admission counts it: 256 MiB + 1/256.
 _OVERHEAD = 256 * _MIB
+_LONGEST_SPLASH_S = 65.535  # fw_cfg has 16 bits of milliseconds for it (hw/nvram/fw_cfg.c)
 _MIN_KSM_SLEEP, _MAX_KSM_SLEEP = Duration(0.001), Duration(60)
 _PRIVATE_TMP = ("/tmp/", "/var/tmp/")  # PrivateTmp= of kvmd.service
 
@@ -29,6 +30,7 @@ def guest_rules(guest: Guest) -> Iterator[Complaint]:
     yield from _backing(guest)
     yield from _hugepages(guest)
     yield from _boot(guest)
+    yield from _screen(guest)
     yield from _start(guest)
     yield from disk_rules(guest)
     for name, nic in guest.nic.items():
@@ -149,14 +151,32 @@ def _boot(guest: Guest) -> Iterator[Complaint]:
         for key, given in (("initrd", boot.initrd), ("cmdline", boot.cmdline)):
             if given is not None:
                 yield Complaint(("boot", key), "only with boot.kernel")
-    if not isinstance(boot.order, tuple):
-        return
+    for key, is_given in (("splash", boot.splash is not None), ("splash_time", boot.splash_time is not None)):
+        if is_given and not boot.menu:
+            yield Complaint(("boot", key), "is shown with the boot menu only", "boot.menu = true")
+    if boot.splash_time is not None and boot.splash_time > _LONGEST_SPLASH_S:
+        yield Complaint(("boot", "splash_time"), f'"{boot.splash_time}" is more than {_LONGEST_SPLASH_S:.3f} s')
     known = [f"disk.{name}" for name in guest.disk] + [f"nic.{name}" for name in guest.nic]
     known += [f"hostdev.{name}" for name in guest.hostdev]
-    for device in boot.order:
-        if device not in known:
-            listed = ", ".join(known) or "none"
-            yield Complaint(("boot", "order"), f'this guest has no "{device}"', f"there is: {listed}")
+    for key, order in (("order", boot.order), ("once", boot.once)):
+        for device in order if isinstance(order, tuple) else ():
+            if device not in known:
+                listed = ", ".join(known) or "none"
+                yield Complaint(("boot", key), f'this guest has no "{device}"', f"there is: {listed}")
+
+
+def _screen(guest: Guest) -> Iterator[Complaint]:
+    video = guest.video
+    if video.memory is not None:
+        if video.model in ("virtio", "ramfb", "none"):
+            yield Complaint(("video", "memory"), f'"{video.model}" has none of its own', "leave the key out")
+        elif video.memory % _MIB or not video.memory <= 512 * _MIB or video.memory & (video.memory - 1):
+            yield Complaint(("video", "memory"), f'"{video.memory}" is not 1, 2, 4 ... 512 MiB')
+    if guest.display.keyboard is not None and guest.display.type == "none":
+        yield Complaint(("display", "keyboard"), 'only with a display; display.type is "none"', "leave the key out")
+    needs_usb = guest.usb.tablet or any(disk.interface == "usb" for disk in guest.disk.values())
+    if guest.usb.controller == "none" and needs_usb:
+        yield Complaint(("usb", "controller"), '"none", and the guest has USB devices', "leave the key out")
 
 
 def _start(guest: Guest) -> Iterator[Complaint]:

@@ -6,6 +6,7 @@ Each is an `Annotated` type whose validator takes the TOML value (or the finishe
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import re
 import uuid
@@ -394,6 +395,18 @@ def _boot_order(value: object) -> str | tuple[str, ...]:
     return value
 
 
+def _rtc_base(value: object) -> str:
+    text = _text(value, '"utc", "localtime" or a date', '"2026-01-31T12:00:00"')
+    if text not in ("utc", "localtime") and not re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d)?", text):
+        raise ValueError(f'{quote(text)} is neither "utc", "localtime" nor a date such as "2026-01-31T12:00:00"')
+    if text not in ("utc", "localtime"):
+        try:
+            datetime.datetime.fromisoformat(text)
+        except ValueError:
+            raise ValueError(f"{quote(text)} is no day or time there is") from None
+    return text
+
+
 class UidRange(NamedTuple):
     """Numeric user ids, both ends included."""
 
@@ -488,6 +501,12 @@ ListenT = Annotated[Listen, PlainValidator(_listen), Kind("ADDRESS:PORT or :PORT
 GuestPortT = Annotated[GuestPort, PlainValidator(_guest_port), Kind("GUEST:PORT", '"web:443"')]
 Domain = Annotated[str, PlainValidator(_domain), Kind("domain name", '"lan.example"')]
 DiskSerial = Annotated[str, PlainValidator(_serial), Kind("text", '"root-01"')]
+RtcBase = Annotated[str, PlainValidator(_rtc_base), Kind("utc, localtime or date", '"utc"')]
+KeyboardLayout = Annotated[
+    str,
+    AfterValidator(_pattern(re.compile(r"[a-z]{2}(-[a-z]{2})?"), 'a keyboard layout such as "de" or "en-us"')),
+    Kind("keyboard layout", '"de"'),
+]
 BootOrder = Annotated[
     str | tuple[str, ...], PlainValidator(_boot_order), Kind("list of device, or letters", '["disk.root", "nic.lan"]')
 ]

@@ -343,6 +343,8 @@ class Services:
             if grave:
                 raise QemuFailed(f"guest {name}: QEMU is not what was asked for: {grave[0]}")
             warnings += tuple(str(mismatch) for mismatch in found)
+            for command in launch.commands:
+                await monitor.execute(command.name, **command.arguments)
         else:
             vcpus = vcpu_threads(await monitor.execute("query-cpus-fast"))
         pid = run.process.pid if run.process else 0

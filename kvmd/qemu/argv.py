@@ -13,13 +13,25 @@ from types import MappingProxyType
 from kvmd.config.guest import Guest
 from kvmd.errors import NotSupported, Refused
 from kvmd.facts import EMPTY
-from kvmd.qemu import defaults, devices, memory, network, passthrough, storage
+from kvmd.qemu import boot, defaults, devices, memory, network, passthrough, storage
 from kvmd.qemu.caps import Accel, Capabilities, near
 from kvmd.qemu.fds import Expectation, FdTable, Launch
 from kvmd.qemu.identity import Identity
 from kvmd.qemu.storage import ImageFact
 from kvmd.qemu.text import double
 
+# What QEMU's docs/system/i386/hyperv.rst recommends for a Windows guest; each is a promise KVM keeps.
+HYPERV = (
+    "hv-relaxed=on",
+    "hv-vapic=on",
+    "hv-spinlocks=0x1fff",
+    "hv-vpindex=on",
+    "hv-runtime=on",
+    "hv-time=on",
+    "hv-synic=on",
+    "hv-stimer=on",
+    "hv-frequencies=on",
+)
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -50,7 +62,7 @@ def build(
     """
     machine = _machine(name, identity, caps)
     topology = _topology(name, guest, caps, machine)
-    boot = {device: index for index, device in enumerate(defaults.boot_order(name, guest), 1)}
+    indices = boot.first_indices(name, guest)
     threads = prealloc_threads or topology.vcpus
     fds = FdTable()
     memory_args, warnings = memory.memory(
@@ -58,12 +70,13 @@ def build(
     )
     monitors = devices.monitors(fds)
     serials = devices.serials(name, guest, identity, caps, fds)
-    drives = storage.drives(name, guest, identity, caps, fds, images, boot)
-    cards = network.cards(name, guest, identity, caps, fds, mtus, boot, vhost=vhost)
-    given = passthrough.given(name, guest, identity, caps, functions, boot)
+    drives = storage.drives(name, guest, identity, caps, fds, images, indices)
+    cards = network.cards(name, guest, identity, caps, fds, mtus, indices, vhost=vhost)
+    given = passthrough.given(name, guest, identity, caps, functions, indices)
     socket = devices.display_socket(name, run_dir) if guest.display.type == "vnc" else None
     extras = devices.extras(name, guest, identity, caps, fds)
-    kernel = devices.kernel(guest, fds)
+    kernel = boot.kernel(guest, fds)
+    boot_options = boot.options(guest, fds)
     sandboxed = sandbox and guest.qemu.sandbox
     args = [
         "-name", f"guest={double(name)},debug-threads=on",
@@ -78,9 +91,10 @@ def build(
         "-smp", f"cpus={topology.vcpus},maxcpus={topology.vcpus},sockets={topology.sockets},dies={topology.dies},"
         f"cores={topology.cores},threads={topology.threads}",
         *memory_args,
-        "-rtc", "base=utc",
-        "-boot", f"strict=on,menu={'on' if guest.boot.menu else 'off'}",
-        *_action(name, caps),
+        "-rtc", f"base={defaults.rtc_base(guest)},clock={guest.rtc.clock}",
+        *boot.smbios(guest),
+        *boot_options,
+        *_action(name, guest, caps),
         *fds.arguments,
         *monitors, *serials, *drives.args, *cards.args, *given.args,
         *devices.display(name, guest, identity, caps, socket),
@@ -100,6 +114,7 @@ def build(
             nics=MappingProxyType(cards.macs),
             functions=MappingProxyType(given.functions),
         ),
+        commands=boot.later_indices(name, guest),
         display_socket=socket,
         warnings=(*warnings, *drives.warnings, *_unusual(guest, accel, sandboxed=sandboxed)),
     )
@@ -142,7 +157,8 @@ def _cpu(name: str, guest: Guest, caps: Capabilities, accel: Accel) -> str:
                 hint=near(feature, caps.cpu_features),
             )
     switched = (f"{feature}={'on' if on else 'off'}" for feature, on in guest.cpu.features.items())
-    return ",".join((model, *switched))
+    hyperv = HYPERV if defaults.hyperv(guest) and accel == "kvm" else ()
+    return ",".join((model, *hyperv, *switched))
 
 
 def _sandbox(name: str, caps: Capabilities, *, on: bool) -> list[str]:
@@ -156,11 +172,12 @@ def _sandbox(name: str, caps: Capabilities, *, on: bool) -> list[str]:
     return ["-sandbox", SANDBOX]
 
 
-def _action(name: str, caps: Capabilities) -> list[str]:
+def _action(name: str, guest: Guest, caps: Capabilities) -> list[str]:
     """QEMU stays, with its reason, after a guest's end: kvmd learns the cause even if it was away."""
     if not caps.can_action:
         raise NotSupported(f"guest {name}: this QEMU {caps.version_text} has no -action")
-    return ["-action", "reboot=reset,shutdown=pause,panic=pause"]
+    watchdog = f",watchdog={guest.watchdog.action}" if guest.watchdog.model else ""
+    return ["-action", f"reboot=reset,shutdown=pause,panic=pause{watchdog}"]
 
 
 def _unusual(guest: Guest, accel: Accel, *, sandboxed: bool) -> list[str]:
@@ -168,6 +185,8 @@ def _unusual(guest: Guest, accel: Accel, *, sandboxed: bool) -> list[str]:
     found = []
     if accel == "tcg":
         found.append("runs emulated (TCG): slow, and no security boundary")
+        if defaults.hyperv(guest):
+            found.append("has no Hyper-V features (hyperv.enabled): they need KVM")
     if not sandboxed:
         found.append("runs without QEMU's seccomp filter (qemu.sandbox = false)")
     if guest.qemu.extra_args:

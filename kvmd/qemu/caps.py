@@ -61,6 +61,16 @@ DEVICES = (
     "virtio-vga",
     "cirrus-vga",
     "qxl-vga",
+    "vmware-svga",
+    "bochs-display",
+    "ramfb",
+    "i6300esb",
+    "ib700",
+    "ich9-intel-hda",
+    "hda-duplex",
+    "AC97",
+    "ES1370",
+    "usb-tablet",
 )
 NIC_MODELS = (
     "virtio-net-pci",

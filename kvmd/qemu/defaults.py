@@ -89,13 +89,13 @@ def nic_driver(model: str) -> str:
 
 
 def video_model(guest: Guest) -> str:
-    """ "std", "virtio" or "none"."""
+    """One of video.model's words."""
     return guest.video.model or ("std" if guest.display.type != "none" else "none")
 
 
 def pci_devices(guest: Guest, machine: str) -> tuple[str, ...]:
     """Ids of the devices that take a PCI slot, in the order in which first slots are given out."""
-    found = ["video"] if video_model(guest) != "none" else []
+    found = ["video"] if video_model(guest) not in ("none", "ramfb") else []
     found += [f"disk-{name}" for name, disk in guest.disk.items() if places.disk_bus(disk, machine) in PCI_DISKS]
     found += [f"nic-{name}" for name in nics(guest)]
     found += [f"hostdev-{name}" for name in guest.hostdev]
@@ -103,6 +103,8 @@ def pci_devices(guest: Guest, machine: str) -> tuple[str, ...]:
     found += ["rng"] if guest.rng.source else []
     found += ["agent"] if guest.agent.enabled else []
     found += ["pvpanic"] if guest.pvpanic.enabled else []
+    found += ["watchdog"] if guest.watchdog.model == "i6300esb" else []
+    found += ["sound"] if guest.sound.model else []
     return (*found, *places.controllers(guest, machine))
 
 
@@ -121,28 +123,11 @@ def aio_mode(disk: Disk, cache: CacheMode) -> str:
     return disk.aio or ("native" if is_direct(cache) else "threads")
 
 
-def boot_order(name: str, guest: Guest) -> tuple[str, ...]:
-    """Ids of the devices the firmware tries, first to last. Raises Refused on a device the guest does not have.
+def rtc_base(guest: Guest) -> str:
+    """Where the guest's clock begins: UTC, but Windows keeps local time."""
+    return guest.rtc.base or ("localtime" if guest.machine.os == "windows" else "utc")
 
-    Absent: disks, CDs, NICs, each in the order of the file. Letters are QEMU's classic ones: a and b floppies, c disks,
-    d CDs, n NICs. An SD card is nothing a firmware boots by name.
-    """
-    named = {f"disk-{key}": disk for key, disk in guest.disk.items() if disk.interface != "sd"}
-    floppies = tuple(key for key, disk in named.items() if disk.interface == "floppy")
-    cds = tuple(key for key, disk in named.items() if disk.media == "cdrom")
-    disks = tuple(key for key in named if key not in floppies + cds)
-    cards = tuple(f"nic-{key}" for key in nics(guest))
-    others = tuple(f"hostdev-{key}" for key in guest.hostdev)
-    order = guest.boot.order
-    if order is None:
-        return disks + cds + floppies + cards
-    if isinstance(order, str):
-        drives = {number if (unit := named[key].unit) is None else unit: key for number, key in enumerate(floppies)}
-        a, b = ((drives[unit],) if unit in drives else () for unit in (0, 1))
-        letters: Mapping[str, tuple[str, ...]] = {"a": a, "b": b, "c": disks, "d": cds, "n": cards}
-        return tuple(device for letter in order for device in letters.get(letter, ()))
-    wanted = tuple(device.replace(".", "-", 1) for device in order)
-    for key, device in zip(order, wanted, strict=True):
-        if device not in disks + cds + floppies + cards + others:
-            raise Refused(f"guest {name}: boot.order names {key}, which this guest cannot boot from")
-    return wanted
+
+def hyperv(guest: Guest) -> bool:
+    """Whether the guest gets the hv-* features."""
+    return guest.machine.os == "windows" if guest.hyperv.enabled is None else guest.hyperv.enabled

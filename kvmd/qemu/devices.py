@@ -6,7 +6,7 @@ from kvmd.config.guest import Guest
 from kvmd.errors import NotSupported, Refused
 from kvmd.qemu import defaults
 from kvmd.qemu.caps import Capabilities
-from kvmd.qemu.fds import FdTable, ListenUnix, Memfd, OpenLog
+from kvmd.qemu.fds import FdTable, ListenUnix, OpenLog
 from kvmd.qemu.identity import Identity
 from kvmd.qemu.text import device_args, double, to_json
 from kvmd.unixpath import PATH_BYTES
@@ -14,7 +14,15 @@ from kvmd.unixpath import PATH_BYTES
 MONITORS = ("qmp", "rescue")  # kvmd's own, and one for people and for a host without kvmd
 ISA_SERIAL_PORTS = 4  # COM1 to COM4 (hw/char/serial-isa.c, MAX_ISA_SERIAL_PORTS)
 AGENT_PORT = "org.qemu.guest_agent.0"  # the name qemu-ga looks for
-_VIDEO = {"std": "VGA", "virtio": "virtio-vga"}
+_VIDEO = {
+    "std": "VGA",
+    "virtio": "virtio-vga",
+    "cirrus": "cirrus-vga",
+    "qxl": "qxl-vga",
+    "vmware": "vmware-svga",
+    "bochs": "bochs-display",
+}
+_SOUND = {"hda": "ich9-intel-hda", "ac97": "AC97", "es1370": "ES1370"}
 
 
 def monitors(fds: FdTable) -> list[str]:
@@ -69,23 +77,21 @@ def display(name: str, guest: Guest, identity: Identity, caps: Capabilities, soc
         if "vnc" not in caps.options:
             raise NotSupported(f'guest {name}: display.type = "vnc": this QEMU {caps.version_text} has no VNC server')
         found += ["-vnc", f"unix:{double(socket)}"]
-    model = defaults.video_model(guest)
-    if model != "none":
-        found += _pci(caps, f"guest {name}: video.model", identity, "video", _VIDEO[model])
+    if guest.display.keyboard:
+        found += ["-k", guest.display.keyboard]
+    model, key = defaults.video_model(guest), f"guest {name}: video.model"
+    if model == "ramfb":
+        found += device_args(caps, key, {"driver": "ramfb", "id": "video"})
+    elif model != "none":
+        found += _pci(caps, key, identity, "video", _VIDEO[model], **_video_memory(guest, model))
     return found
 
 
-def kernel(guest: Guest, fds: FdTable) -> list[str]:
-    """Direct boot of a Linux kernel from copies in memory: the guest's uid need not reach the files."""
-    found: list[str] = []
-    for option, purpose, path in (("-kernel", "kernel", guest.boot.kernel), ("-initrd", "initrd", guest.boot.initrd)):
-        if path is not None:
-            fd = fds.add(Memfd(fds.next_fd, path, purpose))
-            found += [option, f"/proc/self/fd/{fd}"]
-    if guest.boot.kernel is not None and guest.boot.cmdline:
-        # A leading space is nothing to Linux, and no argument of a file's begins with a dash.
-        found += ["-append", " " * guest.boot.cmdline.startswith("-") + guest.boot.cmdline]
-    return found
+def _video_memory(guest: Guest, model: str) -> dict[str, object]:
+    size = guest.video.memory
+    if size is None:
+        return {}
+    return {"vgamem": int(size)} if model == "bochs" else {"vgamem_mb": int(size) >> 20}
 
 
 def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds: FdTable) -> list[str]:
@@ -119,7 +125,26 @@ def extras(name: str, guest: Guest, identity: Identity, caps: Capabilities, fds:
         found += _pci(caps, key, identity, "agent", "virtio-serial-pci", max_ports=2) + device_args(caps, key, port)
     if guest.pvpanic.enabled:
         found += _pci(caps, f"guest {name}: pvpanic.enabled", identity, "pvpanic", "pvpanic-pci")
+    if guest.watchdog.model == "i6300esb":
+        found += _pci(caps, f"guest {name}: watchdog.model", identity, "watchdog", "i6300esb")
+    elif guest.watchdog.model:
+        found += device_args(caps, f"guest {name}: watchdog.model", {"driver": guest.watchdog.model, "id": "watchdog"})
+    if guest.sound.model:
+        found += _sound(name, guest.sound.model, identity, caps)
+    if guest.usb.tablet:
+        tablet = {"driver": "usb-tablet", "id": "tablet", "bus": "usb.0"}
+        found += device_args(caps, f"guest {name}: usb.tablet", tablet)
     return found
+
+
+def _sound(name: str, model: str, identity: Identity, caps: Capabilities) -> list[str]:
+    """A card whose sound goes nowhere: a guest that wants one finds it."""
+    key = f"guest {name}: sound.model"
+    found = ["-audiodev", to_json({"driver": "none", "id": "sound-out"})]
+    if model != "hda":
+        return found + _pci(caps, key, identity, "sound", _SOUND[model], audiodev="sound-out")
+    codec = {"driver": "hda-duplex", "id": "sound-codec", "bus": "sound.0", "audiodev": "sound-out"}
+    return found + _pci(caps, key, identity, "sound", _SOUND[model]) + device_args(caps, key, codec)
 
 
 def _rng(name: str, guest: Guest, identity: Identity, caps: Capabilities) -> list[str]:

@@ -9,6 +9,7 @@ from kvmd.config import places
 from kvmd.config.guest import Guest
 from kvmd.facts import EMPTY
 from kvmd.qemu import defaults
+from kvmd.qemu.boot import boot_order
 from kvmd.qemu.caps import Accel, Capabilities
 from kvmd.qemu.identity import Identity
 from kvmd.qemu.storage import ImageFact
@@ -95,7 +96,7 @@ def _memory(guest: Guest) -> Iterator[Line]:
 
 def _boot(name: str, guest: Guest) -> Iterator[Line]:
     if guest.boot.order is None and guest.boot.kernel is None:
-        order = ", ".join(device.replace("-", ".", 1) for device in defaults.boot_order(name, guest))
+        order = ", ".join(device.replace("-", ".", 1) for device in boot_order(name, guest, None))
         yield Line("boot.order", order or "none", "disks, CDs, NICs, each in the order of the file")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvmd.facts import EMPTY
 from kvmd.qemu.text import double
@@ -88,6 +89,14 @@ FdRequest = OpenMemory | OpenImage | OpenTap | OpenVhostNet | ListenUnix | OpenL
 
 
 @dataclass(frozen=True, slots=True)
+class Command:
+    """One QMP command."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Expectation:
     """What the running QEMU must turn out to be; `verify.check_running` compares."""
 
@@ -108,6 +117,7 @@ class Launch:
     args: tuple[str, ...]
     opens: tuple[FdRequest, ...]
     expect: Expectation
+    commands: tuple[Command, ...] = ()  # to be run while it stands, before the guest's first instruction
     display_socket: str | None = None  # QEMU itself listens there, in a directory of the guest's uid
     warnings: tuple[str, ...] = ()
 

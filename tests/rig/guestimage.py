@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ def guest_kernel() -> tuple[Path, Path]:
     if not initrd.exists():
         _build(kernel, initrd)
     return kernel, initrd
+
+
+def bitmap(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
+    """A BMP of one colour (red, green, blue), 24 bits a pixel, as SeaBIOS takes it for a splash picture."""
+    row = bytes(reversed(colour)) * width
+    rows = row.ljust(-(-len(row) // 4) * 4, b"\0") * height
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, len(rows), 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(rows), 0, 0, 14 + len(header)) + header + rows
 
 
 def bootsector(

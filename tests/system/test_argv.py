@@ -29,7 +29,7 @@ from kvmd.qemu.identity import allot
 from kvmd.qemu.verify import check_running, queries
 from tests.rig import golden_argv
 from tests.rig.guestconsole import GuestConsole
-from tests.rig.guestimage import cache, guest_kernel
+from tests.rig.guestimage import bitmap, cache, guest_kernel
 from tests.rig.machinestate import machine_lock
 from tests.rig.qemu_process import EMULATOR, RealQemu, running
 
@@ -109,7 +109,8 @@ def prepared(launch: Launch, images: Path) -> Launch:
                 opens.append(replace(request, path=str(path)))
             case Memfd(purpose=purpose):
                 path = images / purpose
-                path.write_bytes(next(KERNEL.glob("vmlinuz-*")).read_bytes() if purpose == "kernel" else b"")
+                contents = {"kernel": next(KERNEL.glob("vmlinuz-*")).read_bytes(), "splash": bitmap(64, 48, (1, 2, 3))}
+                path.write_bytes(contents.get(purpose, b""))
                 opens.append(replace(request, path=str(path)))
             case OpenMemory():
                 opens.append(replace(request, path=str(images)))

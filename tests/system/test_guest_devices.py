@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvmd.rpc.client import RemoteError
 from kvmd.units import CpuSet
 from tests.rig.guestconsole import READY, GuestConsole
 from tests.rig.guestfiles import linux, tiny
+from tests.rig.guestimage import bitmap, bootsector
 from tests.rig.kvmdhost import KvmdHost
 from tests.rig.qmpsession import QmpSession
 
@@ -138,6 +140,80 @@ index = 2
     assert [drive.rsplit("/", 1)[1].partition(":")[2] for drive in drives] == ["0:0:0", "0:0:0"]
     blocks = {block["qdev"]: block["removable"] for block in ask(host, "a", "query-block")}
     assert blocks == {"disk-hda": False, "disk-cdrom": True}
+
+
+def test_once_is_for_the_first_boot_only(host: KvmdHost, life: str) -> None:
+    """boot.once: the second disk at the start, the first one after each reset; also under the next kvmd."""
+    second = bootsector(host.images / "second.img", "second is up\n")
+    extra = f'[disk.second]\nfile = "{second}"\nformat = "raw"\n[boot]\norder = "c"\nonce = ["disk.second"]\n'
+    host.guest("a", tiny(host, "a", extra=extra))
+    host.start()
+    host.call("guest.start", name="a")
+    host.wait_serial("a", "second is up", 30)
+    if life == "adopted":
+        host.restart()
+    for boots in (1, 2):
+        host.call("guest.reset", name="a")
+        host.wait_serial("a", "a is up\n" * boots, 30)
+    log = (host.state / "log/a/serial-console.log").read_text()
+    assert (log.count("second is up"), log.count("a is up")) == (1, 2)
+
+
+def test_the_splash_picture_is_on_the_screen(host: KvmdHost) -> None:
+    """SeaBIOS shows it while its menu waits: the colour of the picture's middle, as QEMU dumps the screen."""
+    (host.images / "logo.bmp").write_bytes(bitmap(640, 480, (10, 200, 30)))
+    boot = f'[boot]\nmenu = true\nsplash = "{host.images}/logo.bmp"\nsplash_time = "60s"\n'
+    host.guest("a", tiny(host, "a", extra=f'{boot}[display]\ntype = "vnc"\n'))
+    host.start()
+    host.call("guest.start", name="a")
+    shot = Path(host.show("a")["display"]).parent / "shot.ppm"
+    deadline = time.monotonic() + 30
+    while True:
+        ask(host, "a", "screendump", filename=str(shot))
+        _, size, _, pixels = shot.read_bytes().split(b"\n", 3)
+        width, height = map(int, size.split())
+        middle = 3 * (height // 2 * width + width // 2)
+        if (width, tuple(pixels[middle : middle + 3])) == (640, (10, 200, 30)):
+            break
+        assert time.monotonic() < deadline, (width, height, pixels[middle : middle + 3])
+        time.sleep(0.2)
+
+
+def test_clock_watchdog_sound_and_the_rest_are_what_the_file_says(host: KvmdHost) -> None:
+    """Asked of QEMU itself: the guest's clock, what the watchdog does, each small device by its QOM type."""
+    tables = """
+[machine.smbios]
+serial = "A-0017, second"
+[rtc]
+base = "2031-05-06T07:08:09"
+clock = "vm"
+[watchdog]
+model = "i6300esb"
+action = "pause"
+[sound]
+model = "hda"
+[usb]
+tablet = true
+[display]
+type = "vnc"
+[video]
+model = "bochs"
+memory = "32MiB"
+"""
+    host.guest("a", linux("a", size="224MiB", network=None, cmdline="kvmd.ip=none", extra=tables))
+    host.start()
+    host.call("guest.start", name="a")
+    kinds = {"watchdog": "i6300esb", "sound": "ich9-intel-hda", "tablet": "usb-tablet", "video": "bochs-display"}
+    for device, kind in kinds.items():
+        path = f"/machine/peripheral/{device}"
+        assert ask(host, "a", "qom-get", path=path, property="type") == kind
+    assert ask(host, "a", "qom-get", path="/machine/peripheral/video", property="vgamem") == 32 << 20
+    with GuestConsole(host.run / "guests/a/serial-console.sock") as console:
+        console.wait_ready(90)
+        assert console.check("date -u +%Y-%m-%d").strip() == "2031-05-06"
+        assert console.check("cat /sys/class/dmi/id/product_serial").strip() == "A-0017, second"
+    (line,) = [word for word in host.show("a")["argv"] if word.startswith("reboot=")]
+    assert line.endswith("watchdog=pause")
 
 
 def test_vnc_answers_on_its_unix_socket_to_root_alone(host: KvmdHost, life: str) -> None:

@@ -504,7 +504,36 @@ CASES = [
             ':6: qemu.extra_args: wants a list of texts, for example ["-global", "isa-fdc.driveA="]; this is the text "-s"'
         ],
     ),
-    (GUEST, BASE + '[watchdog]\nmodel = "i6300esb"\n', [":6: watchdog.model: not supported yet"]),
+    (GUEST, BASE + "[vsock]\ncid = 3\n", [":6: vsock.cid: not supported yet"]),
+    (
+        GUEST,
+        BASE + '[rtc]\nbase = "2026-02-30"\n',
+        [':6: rtc.base: "2026-02-30" is no day or time there is'],
+    ),
+    (
+        GUEST,
+        BASE + '[boot]\nsplash = "/srv/vm/a.bmp"\nsplash_time = "2min"\n',
+        [
+            ":6: boot.splash: is shown with the boot menu only (boot.menu = true)",
+            ':7: boot.splash_time: "2min" is more than 65.535 s',
+            ":7: boot.splash_time: is shown with the boot menu only (boot.menu = true)",
+        ],
+    ),
+    (
+        GUEST,
+        BASE + '[video]\nmodel = "std"\nmemory = "3MiB"\n',
+        [':7: video.memory: "3MiB" is not 1, 2, 4 ... 512 MiB'],
+    ),
+    (
+        GUEST,
+        BASE + '[display]\nkeyboard = "german"\n',
+        [':6: display.keyboard: "german" is not a keyboard layout such as "de" or "en-us"'],
+    ),
+    (
+        GUEST,
+        BASE + '[usb]\ncontroller = "none"\ntablet = true\n',
+        [':6: usb.controller: "none", and the guest has USB devices (leave the key out)'],
+    ),
     (
         GUEST,
         BASE + "[guest]\ndescription = 1979-05-27\n",

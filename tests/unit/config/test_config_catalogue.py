@@ -36,7 +36,8 @@ KEYS = {
     """,
     "guests.d": """
         guest.uuid description owner profile tags protect cluster
-        machine.type accel emulator os smbios default_nic; qemu.extra_args sandbox
+        machine.type accel emulator os default_nic;
+        machine.smbios.manufacturer product version serial sku family; qemu.extra_args sandbox
         start.auto after ready ready_timeout delay timeout; stop.method timeout at_host_shutdown
         on.crash panic poweroff reboot watchdog hang; restart.limit within backoff
         cpu.vcpus max_vcpus sockets dies cores threads model features placement isolated smt pin emulator nodes
@@ -53,7 +54,7 @@ KEYS = {
         hostdev.NAME.pci usb mdev rom boot_index
         display.type listen password_file tls websocket keyboard; video.model memory; serial.NAME.type log
         console.NAME.type; agent.enabled; rng.source; watchdog.model; watchdog.action; rtc.base clock; vsock.cid
-        sound.model; usb.controller; pvpanic.enabled; hyperv.enabled; share.NAME.source tag readonly
+        sound.model; usb.controller tablet; pvpanic.enabled; hyperv.enabled; share.NAME.source tag readonly
         cloud_init.user_data_file meta_data network_config_file ssh_keys hostname
         tuning.mode balloon placement; limits.memory_max cpu_weight io_weight tasks_max oom_score_adjust
     """,
