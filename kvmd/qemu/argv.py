@@ -88,12 +88,9 @@ def build(
         "-machine", f"{machine},usb=off,{memory.machine_options(guest)}",
         "-accel", "kvm" if accel == "kvm" else "tcg,thread=multi",
         "-cpu", _cpu(name, guest, caps, accel),
-        "-smp", f"cpus={topology.vcpus},maxcpus={topology.vcpus},sockets={topology.sockets},dies={topology.dies},"
-        f"cores={topology.cores},threads={topology.threads}",
+        "-smp", _smp(topology),
         *memory_args,
-        "-rtc", f"base={defaults.rtc_base(guest)},clock={guest.rtc.clock}",
-        *boot.smbios(guest),
-        *boot_options,
+        *boot.clock(guest), *boot.smbios(guest), *boot_options,
         *_action(name, guest, caps),
         *fds.arguments,
         *monitors, *serials, *drives.args, *cards.args, *given.args,
@@ -125,6 +122,13 @@ def _topology(name: str, guest: Guest, caps: Capabilities, machine: str) -> defa
     if found.vcpus > caps.machines[machine].cpu_max:
         raise Refused(f"guest {name}: {found.vcpus} vCPUs, {machine} takes {caps.machines[machine].cpu_max}")
     return found
+
+
+def _smp(topology: defaults.Topology) -> str:
+    """All parts: what QEMU derives from a few has changed between machine types."""
+    parts = {"cpus": topology.vcpus, "maxcpus": topology.vcpus, "sockets": topology.sockets, "dies": topology.dies}
+    parts |= {"cores": topology.cores, "threads": topology.threads}
+    return ",".join(f"{part}={count}" for part, count in parts.items())
 
 
 def _machine(name: str, identity: Identity, caps: Capabilities) -> str:

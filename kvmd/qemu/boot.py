@@ -92,6 +92,11 @@ def kernel(guest: Guest, fds: FdTable) -> list[str]:
     return found
 
 
+def clock(guest: Guest) -> list[str]:
+    """-rtc."""
+    return ["-rtc", f"base={defaults.rtc_base(guest)},clock={guest.rtc.clock}"]
+
+
 def smbios(guest: Guest) -> list[str]:
     """-smbios of type 1 (DSP0134, "System Information")."""
     table = guest.machine.smbios
