@@ -157,9 +157,13 @@ def candidate(name: str, guest: Guest) -> admission.Candidate:
 def admit(name: str, desired: Desired, facts: Facts, also: frozenset[str] = frozenset()) -> Problem | None:
     """May guest `name` run beside all that are alive, and `also` those that will have been started before it?"""
     counted = {life.name for life in facts.lives if life.alive and life.name in desired.guests} | also | {name}
+    return _admit(name, [candidate(other, desired.guests[other]) for other in counted], desired, facts)
+
+
+def _admit(name: str, counted: list[admission.Candidate], desired: Desired, facts: Facts) -> Problem | None:
     return admission.admit(
         name,
-        [candidate(other, desired.guests[other]) for other in counted],
+        counted,
         facts.memory,
         rule=desired.host.memory.admission,
         reserve=admission.reserve_bytes(desired.host.memory.reserve, facts.memory.total_bytes),
@@ -171,14 +175,15 @@ def admit(name: str, desired: Desired, facts: Facts, also: frozenset[str] = froz
 def _admissions(desired: Desired, facts: Facts) -> list[Problem]:
     """One refusal for each wanted guest that does not fit beside those that start before it."""
     lives = {life.name: life for life in facts.lives}
-    admitted: frozenset[str] = frozenset()
+    declared = {name: candidate(name, guest) for name, guest in desired.guests.items()}
+    admitted = [declared[life.name] for life in facts.lives if life.alive and life.name in declared]
     problems = []
     for name in guests.start_order(desired.guests):
         life = lives.get(name)
         if life and life.wanted and not life.alive and not life.held:
-            problem = admit(name, desired, facts, admitted)
+            problem = _admit(name, [*admitted, declared[name]], desired, facts)
             if problem:
                 problems.append(problem)
             else:
-                admitted |= {name}
+                admitted.append(declared[name])
     return problems

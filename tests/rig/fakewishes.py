@@ -12,7 +12,7 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host
 from kvmd.config.network import Network
-from kvmd.units import Rate
+from kvmd.units import CpuSet, Rate
 
 
 def network(mode: str = "nat", third: int = 50, *, dhcp: bool = True, **about: Any) -> Network:
@@ -46,6 +46,7 @@ def everything(*, merging: str = "kvmd") -> Desired:
             "hugepages": {"2MiB": {"pages": "auto", "spare": "32MiB"}, "1GiB": {"pages": {"node1": 2}}},
             "ksm": {"mode": merging, "across_nodes": False} | _MERGING,
             "thp": {"enabled": "madvise", "defrag": "defer", "shmem_enabled": "advise", "khugepaged_defrag": False},
+            "cpu": {"irq_affinity": "housekeeping"},
             "swap": {"swappiness": 10, "file": {"size": "8GiB"}, "zram": {"size": "1GiB"}},
             "modules": {"load": ["vhost_net"]},
         }
@@ -114,6 +115,11 @@ def some(chance: Random) -> Desired:
             "mode": chance.choice(["off", "kernel", "kvmd"]),
             "across_nodes": chance.random() < 0.5,
             "max_cpu": chance.choice(["5%", "10%", "20%"]),
+        },
+        "cpu": {
+            "irq_affinity": "housekeeping",
+            "housekeeping": chance.choice(["auto", CpuSet([0]), CpuSet([4, 5])]),
+            "kernel_args": "write",
         },
         "thp": {
             "enabled": chance.choice(["always", "madvise", "never"]),

@@ -38,17 +38,20 @@ from kvmd.actions import (
     UnloadModule,
     UnmountHugetlbfs,
     WriteDropIn,
+    WriteKernelArgs,
     WriteKnob,
 )
 from kvmd.config.desired import Desired
 from kvmd.config.network import bridge_name
 from kvmd.effects import records
 from kvmd.facts import (
+    BootLine,
     Dnsmasq,
     Facts,
     GuestLife,
     GuestUnit,
     HugepagePool,
+    Interrupt,
     JournalEntry,
     Link,
     Memory,
@@ -65,6 +68,7 @@ from kvmd.facts import (
 from kvmd.plan import cpus
 from kvmd.plan.dnsmasq import bridge_of, config_sha256
 from kvmd.plan.host import Plan, plan
+from kvmd.plan.interrupts import DEFAULT as DEFAULT_IRQ
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.links import bridge_alias, bridge_mac, tap_alias, tap_name
 from kvmd.plan.network import FORWARDING, FORWARDING6
@@ -72,6 +76,7 @@ from kvmd.plan.nfttable import NETWORKS, PORTS, fingerprint
 from kvmd.plan.ports import tbf_of
 from kvmd.plan.release import plan_release
 from kvmd.plan.vlans import wanted_vlans
+from kvmd.units import CpuSet
 from tests.rig.hosts import GIB, MIB, topology
 
 BOOT = "boot-1"
@@ -99,7 +104,13 @@ KNOBS: Mapping[str, str] = {
     SWAPPINESS: "60",
     FORWARDING: "0",
     FORWARDING6: "0",
+    DEFAULT_IRQ: "ff",
+    "/proc/irq/24/smp_affinity_list": "0-7",
 }
+INTERRUPTS = (
+    Interrupt(24, "eno1-rx", CpuSet(range(8))),
+    Interrupt(31, "nvme0q4", CpuSet([3]), fixed=True),
+)
 MODULES = {name: Module(name, "available") for name in ("vfio_pci", "vhost_net", "zram")}
 LINKS = (
     Link("lo", 1, mac="00:00:00:00:00:00", mtu=65536, up=True, addresses=("127.0.0.1/8",)),
@@ -124,6 +135,8 @@ def fresh(*, total: int = 64 * GIB, units: bool = True) -> Facts:
         ),
         hugepages=tuple(HugepagePool(node, size, 0, 0) for node in (0, 1) for size in (2 * MIB, GIB)),
         knobs=dict(KNOBS),
+        interrupts=INTERRUPTS,
+        boot=BootLine("quiet", None, "grub"),
         modules=dict(MODULES),
         nodes=frozenset({"/dev/vfio/vfio", "/dev/vhost-net"}),
         memory_paths=(MemoryPath("/mnt/pages", "directory"),),
@@ -229,13 +242,13 @@ class FakeWorld:
             if self.dies_after == 0:
                 raise Died
             self.dies_after -= 1
-        self.facts = replace(self.facts, **fields)
+        self.facts = _with_interrupts(replace(self.facts, **fields))
 
     # ---- what others do
 
     def drift(self, **fields: Any) -> None:
         """Somebody, or the kernel, changes the world behind kvmd's back."""
-        self.facts = replace(self.facts, **fields)
+        self.facts = _with_interrupts(replace(self.facts, **fields))
 
     def drift_knob(self, path: str, value: str) -> None:
         """`echo value > path`."""
@@ -399,6 +412,16 @@ def _tap(facts: Facts, desired: Desired, guest: str, nic: str, number: int) -> L
     return Link(tap_name(guest, nic), index, kind="tun", up=True, master=bridge, alias=alias, vlans=vlans, tbf=tbf)
 
 
+def _with_interrupts(facts: Facts) -> Facts:
+    """Where interrupts go is what their files say."""
+    files = {each.number: facts.knobs.get(f"/proc/irq/{each.number}/smp_affinity_list") for each in facts.interrupts}
+    found = (
+        replace(each, affinity=CpuSet.parse(text)) if (text := files[each.number]) else each
+        for each in facts.interrupts
+    )
+    return replace(facts, interrupts=tuple(found))
+
+
 # ---- one function for each action ---------------------------------------------------------------------------------
 
 
@@ -413,6 +436,11 @@ def _write_knob(world: FakeWorld, action: WriteKnob) -> None:
         rest = tuple(knob for knob in world.facts.tuned if knob.path != action.path)
         tuned = (*rest, TunedKnob(action.path, action.new, action.why))
         world.change(tuned=tuple(sorted(tuned, key=lambda knob: knob.path)))
+
+
+def _write_kernel_args(world: FakeWorld, action: WriteKernelArgs) -> None:
+    world.journal(records.kernel_args_key(action.path), action.old, action.new, action.why)
+    world.change(boot=replace(world.facts.boot, drop_in=action.new or None))
 
 
 def _set_hugepages(world: FakeWorld, action: SetHugepages) -> None:
@@ -600,6 +628,7 @@ def _enable_guest(world: FakeWorld, action: EnableGuest) -> None:
 
 EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     WriteKnob: _write_knob,
+    WriteKernelArgs: _write_kernel_args,
     SetHugepages: _set_hugepages,
     MountHugetlbfs: _mount_hugetlbfs,
     UnmountHugetlbfs: _unmount_hugetlbfs,

@@ -9,6 +9,7 @@ import pytest
 
 from kvmd.actions import WriteKnob
 from kvmd.facts import GuestUnit, Link, MemoryPath, Module, Thread
+from kvmd.plan.interrupts import DEFAULT as DEFAULT_IRQ
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.links import bridge_alias, bridge_mac, tap_name
 from kvmd.plan.network import FORWARDING
@@ -117,6 +118,8 @@ DRIFTS = (
     knob(f"{KSM}/advisor_max_pages_to_scan", "9", "20000", merging="kernel"),
     knob(f"{THP}/shmem_enabled", "force", "advise"),
     knob(f"{THP}/khugepaged/defrag", "1", "0"),
+    knob(DEFAULT_IRQ, "ff", "11"),
+    knob("/proc/irq/24/smp_affinity_list", "0-7", "0,4"),
     # requirements
     knob(FORWARDING, "0", "1", tuning=False),
     pool(0, 2 * MIB, 200, "~ hugepages 2MiB node 0: 200 -> 112 pages"),
