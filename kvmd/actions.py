@@ -154,6 +154,7 @@ class EnsureBridge(Action):
     mtu: int = 1500
     stp: bool = False
     vlan_filtering: bool = False
+    host: bool = True  # whether the host itself is a party on it; else it has no IPv6 there either
     addresses: tuple[str, ...] = ()
     change: str = "create"  # what differs, for people
 
@@ -184,6 +185,36 @@ def vlans_text(vlans: tuple[VlanRange, ...]) -> str:
         notes = " untagged" if each.pvid and each.untagged else " pvid" * each.pvid + " egress untagged" * each.untagged
         parts.append(span + notes)
     return ", ".join(parts) or "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachUplink(Action):
+    """Make a NIC without a host address a port of a bridge of ours, up.
+
+    With `rollback_s` it is on trial: taken out again unless somebody confirms it within that time.
+    """
+
+    network: str
+    bridge: str
+    interface: str
+    was_up: bool = False
+    rollback_s: float = 0.0
+
+    def line(self) -> str:
+        trial = f", taken out again in {self.rollback_s:g} s unless confirmed" if self.rollback_s else ""
+        return f"+ uplink {self.interface} into {self.bridge}{trial}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetachUplink(Action):
+    """Take a NIC that kvmd attached out of the bridge; down again if it was."""
+
+    bridge: str
+    interface: str
+    was_up: bool = False
+
+    def line(self) -> str:
+        return f"- uplink {self.interface} out of {self.bridge}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,7 +435,8 @@ class EnableGuest(Action):
 
 SwapAction = EnsureSwapFile | RemoveSwapFile | EnsureZram | RemoveZram
 MemoryAction = WriteKnob | SetHugepages | MountHugetlbfs | UnmountHugetlbfs | SwapAction
-NetworkAction = EnsureBridge | SetPortVlans | ShapePort | RemoveBridge | ReplaceRuleset | StartDnsmasq | StopDnsmasq
+LinkAction = EnsureBridge | SetPortVlans | ShapePort | AttachUplink | DetachUplink | RemoveBridge
+NetworkAction = LinkAction | ReplaceRuleset | StartDnsmasq | StopDnsmasq
 DeviceAction = LoadModule | UnloadModule | SetVfs | BindDevice | ReleaseDevice
 HostAction = MemoryAction | NetworkAction | DeviceAction | WriteKernelArgs
 GuestAction = StartGuest | StopGuest | PinGuest | SetLink | RestartGuest | WriteDropIn | EnableGuest

@@ -33,6 +33,7 @@ from kvmd.effects.observe import HostObserver
 from kvmd.effects.statelock import lock_state
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
+from kvmd.effects.uplink import boot_s
 from kvmd.errors import Conflict, KvmdError
 from kvmd.guest.roster import Roster
 from kvmd.guest.services import Publish, Services
@@ -44,6 +45,7 @@ from kvmd.rpc.connection import ServerLimits
 from kvmd.rpc.events import EventHub
 from kvmd.rpc.listen import listen_unix
 from kvmd.rpc.methods import Methods
+from kvmd.rpc.networks import NetworkMethods
 from kvmd.rpc.peers import find_group, find_user
 from kvmd.rpc.protocol import Limits
 from kvmd.rpc.registry import Registry
@@ -56,6 +58,7 @@ _log = logging.getLogger(__name__)
 FLUSH_S = 0.5  # history is telemetry: half a second of it may be lost with the power
 PRUNE_S = 600.0
 ROTATE_S = 20.0  # a guest that writes 1 MiB/s to its console overshoots its cap by 20 MiB at most
+RETRY_S = 0.2  # between two tries to take a NIC out of a bridge
 REPAIR_S = 5.0  # between two passes that nobody asked for: whoever fights over a bridge is fought slowly
 
 
@@ -108,7 +111,7 @@ class Daemon:
             dnsmasqs = Dnsmasqs(self._paths.run, self._paths.state)
             applier = HostApplier(tree, netlink, dnsmasqs, store)
             guests = Roster(services, lambda work, name: group.create_task(work, name=name))
-            manager = Manager(guests, HostObserver(tree, netlink, dnsmasqs), applier)
+            manager = Manager(guests, HostObserver(tree, netlink, dnsmasqs, applier.trials), applier)
             wish = guests.load().desired.daemon
             logging.getLogger("kvmd").setLevel((self._log_level or wish.log.level).upper())
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
@@ -117,6 +120,7 @@ class Daemon:
             registry = Registry()
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
+            NetworkMethods(manager).add_to(registry)
             server = Server(registry, _access(manager), limits=_limits(manager))
             await guests.recover()
             tasks = [
@@ -127,6 +131,7 @@ class Daemon:
                 group.create_task(self._keep_history(guests, history), name="history"),
                 group.create_task(_watchdog(), name="watchdog"),
             ]
+            tasks.append(group.create_task(_guard_uplinks(manager), name="uplinks"))
             await guests.learn()
             # Guests' units are ordered after ours: we have to be ready before their starts can end.
             manager.prepared = lambda: systemd.notify("READY=1")
@@ -212,6 +217,20 @@ async def _hand_over(guests: Roster, asking: Asking) -> None:
         await guests.supervisor(asking.name).asked(asking)
     else:
         asking.refuse(f"no guest is called {asking.name}")
+
+
+async def _guard_uplinks(manager: Manager) -> None:
+    """For ever: undo each uplink's trial at its deadline, also one that a kvmd before this one began."""
+    trials = manager.trials
+    while True:
+        trials.changed.clear()
+        await manager.undo_uplinks()
+        pending = trials.pending()
+        try:
+            async with asyncio.timeout(max(RETRY_S, pending[0].deadline_s - boot_s()) if pending else None):
+                await trials.changed.wait()
+        except TimeoutError:
+            continue
 
 
 class Mender:

@@ -227,6 +227,18 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
+class UplinkTrial:
+    """What became of a network's NIC: on trial until a deadline, kept for good, or undone in this boot."""
+
+    network: str
+    interface: str
+    bridge: str
+    state: Literal["trial", "kept", "undone"]
+    boot_id: str  # the boot a trial or an undoing counts in
+    deadline_s: float = 0.0  # of a trial, on CLOCK_BOOTTIME
+
+
+@dataclass(frozen=True, slots=True)
 class Dnsmasq:
     """The DHCP/DNS server of one network, if it runs."""
 
@@ -397,6 +409,8 @@ class Facts:
     reservations: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # PCI function -> guest it was bound for
     vfs_before: Mapping[str, int] = field(default_factory=lambda: EMPTY)  # PCI function -> its VFs before kvmd
     links: tuple[Link, ...] = ()
+    uplinks: tuple[UplinkTrial, ...] = ()  # of declared networks, what was decided in this boot or for good
+    default_links: frozenset[str] = frozenset()  # links that a default route of the host goes through
     vlan_filtering: bool | None = None  # whether bridges can; None: not known before there is one
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
     nft: str | None = None  # fingerprint comment of our table of networks, None: there is none

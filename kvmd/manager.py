@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from kvmd.actions import (
     AnyAction,
+    DetachUplink,
     Disruption,
     EnableGuest,
     Outcome,
@@ -31,12 +32,14 @@ from kvmd.config.desired import Loaded
 from kvmd.effects import nft, threads
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
-from kvmd.effects.records import EffectKind
+from kvmd.effects.records import EffectKind, uplink_key
+from kvmd.effects.uplink import boot_s
 from kvmd.errors import Conflict, HostFailed, KvmdError, PartlyFailed, Refused
 from kvmd.facts import BootLine, Facts
 from kvmd.guest.passthrough import Passthrough
 from kvmd.guest.roster import Roster
 from kvmd.plan import kernelargs, ports
+from kvmd.plan.dnsmasq import Lease
 from kvmd.plan.host import Plan, plan, plan_pools
 from kvmd.plan.kernelargs import KernelArguments
 from kvmd.plan.nfttable import PORTS, difference
@@ -66,6 +69,7 @@ class Manager:
         self.services = guests.services
         self._observer = observer
         self._applier = applier
+        self.trials = applier.trials
         self._pass = asyncio.Lock()
         self._providing = asyncio.Lock()
         self.services.provide = self._provide_pages
@@ -99,6 +103,11 @@ class Manager:
         """What a pass would do now; with `retake` what a person's `apply` would."""
         return self._plan(await self.observe(), prune=prune, retake=retake)
 
+    async def look(self) -> tuple[Facts, Plan]:
+        """The host, and what a pass would do to it now."""
+        facts = await self.observe()
+        return facts, self._plan(facts, prune=False, retake=False)
+
     def _plan(self, facts: Facts, *, prune: bool, retake: bool) -> Plan:
         return plan(
             self.services.loaded.desired,
@@ -129,6 +138,7 @@ class Manager:
         """Load, plan and do what `allow` permits, tuning knobs of others included. A failed action stops no other."""
         if self.services.store.meta(RELEASED_META):
             self.services.store.set_meta(RELEASED_META, "")
+        self.trials.forgive()
         return await self._pass_once(allow, actor, prune=prune, retake=True)
 
     async def _pass_once(
@@ -328,6 +338,39 @@ class Manager:
             if outcome and outcome.error:
                 raise HostFailed(outcome.error)
             return action
+
+    # ---- networks -------------------------------------------------------------------------------------------------
+
+    def leases(self, network: str) -> tuple[Lease, ...]:
+        """What a network's DHCP server has given out. HostFailed."""
+        return self._observer.dnsmasqs.leases(network)
+
+    def confirm_uplink(self, network: str, actor: str) -> bool:
+        """All is well with the NIC in this network's bridge: it stays. False if it was kept before. Refused."""
+        trial = next((one for one in self.trials.all() if one.network == network), None)
+        if trial is None or trial.state == "undone" or (trial.state == "trial" and trial.deadline_s <= boot_s()):
+            raise Refused(f"network {network} has no uplink on trial", hint="kvmd-cli apply puts it in, on trial")
+        if trial.state == "kept":
+            return False
+        self.trials.settle(trial, keep=True)
+        data = {"network": network, "interface": trial.interface}
+        self.services.publish("network.uplink_kept", None, actor, data)
+        return True
+
+    async def undo_uplinks(self) -> None:
+        """Take out again every NIC whose trial has ended without a word."""
+        async with self._pass:
+            for trial in self.trials.pending():
+                if trial.deadline_s > boot_s():
+                    continue
+                journal = self.services.store.journalled(trial.boot_id)
+                was_up = any(entry.key == uplink_key(trial.interface) and entry.original == "up" for entry in journal)
+                why = f"nobody confirmed the uplink of network {trial.network} in time"
+                detach = DetachUplink(bridge=trial.bridge, interface=trial.interface, was_up=was_up, why=why)
+                if (await self._do(detach, "kvmd")).error is None:
+                    self.trials.settle(trial, keep=False)
+                    data = {"network": trial.network, "interface": trial.interface}
+                    self.services.publish("network.uplink_undone", None, "kvmd", data)
 
     def _tell_systemd(self, action: WriteDropIn | EnableGuest) -> None:
         units = self.services.units

@@ -12,7 +12,7 @@ _HEAD = """\
 # bash completion for kvmd-cli. Made by `kvmd-cli completion`; do not edit.
 _kvmd_cli() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} config=/etc/kvmd verb="" words="" i word
-    local guests=""
+    local guests="" networks=""
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
         case $word in
@@ -37,6 +37,9 @@ _kvmd_cli() {
     esac
     for word in "$config"/guests.d/*.toml; do
         [ -e "$word" ] && word=${word##*/} && guests+=" ${word%.toml}"
+    done
+    for word in "$config"/networks.d/*.toml; do
+        [ -e "$word" ] && word=${word##*/} && networks+=" ${word%.toml}"
     done
     case $verb in
 """
@@ -81,5 +84,6 @@ def _cases() -> Iterator[str]:
 
 def _words(verb: Verb) -> str:
     options = [option.name for option in (*verb.options, *COMMON) if not option.hidden]
-    guests = ["$guests"] if any(positional.of == "guest" for positional in verb.positionals) else []
-    return " ".join([*guests, *options])
+    kinds = {positional.of for positional in verb.positionals}
+    names = [word for kind, word in (("guest", "$guests"), ("network", "$networks")) if kind in kinds]
+    return " ".join([*names, *options])

@@ -46,6 +46,8 @@ def _line(key: str, original: str, new: str) -> str:
             return f"- swap file {subject}"
         case "zram":
             return f"- swap zram{new}"
+        case "uplink":
+            return f"- uplink {subject} out of {new}"
         case "ruleset":
             return f"- nft table {subject}"
         case "dnsmasq":

@@ -42,7 +42,23 @@ def apply(session: Session, parsed: Parsed) -> int:
     # What --prune will find is in no plan yet: who says yes to it says yes to its disruption.
     allowed = sorted(_ALL if prune else {action["disruption"] for action in actions} - {"none"})
     done = session.call("host.apply", None, allow=allowed, prune=prune)
-    return _finish(session, done, quiet=False)
+    code = _finish(session, done, quiet=False)
+    _confirm_uplinks(session, done)
+    return code
+
+
+def _confirm_uplinks(session: Session, done: Mapping[str, Any]) -> None:
+    """A NIC that went into a bridge is taken out again unless somebody who still sees this says that all is well."""
+    if not any(outcome["kind"] == "attach-uplink" and not outcome["error"] for outcome in done["outcomes"]):
+        return
+    for network in session.call("network.list")["networks"]:
+        name = network["name"]
+        if network["uplink_state"] != "trial":
+            continue
+        if session.interactive() and session.asked(f"network {name} has its uplink, on trial. Is all well?"):
+            session.call("network.confirm", name=name)
+        elif not session.json:
+            session.say(f"network {name} has its uplink on trial; if all is well: kvmd-cli network confirm {name}")
 
 
 def reconcile(session: Session, parsed: Parsed) -> int:

@@ -20,6 +20,7 @@ COMMON = (
 
 _GUEST = Positional("NAME", of="guest")
 _GUESTS = Positional("NAME", of="guest", many=True)
+_NETWORK = Positional("NETWORK", of="network")
 _FORCE = Option("--force", "when the guest does not obey in time, pull the plug: may lose data")
 _FOLLOW = Option("--follow", "go on showing what comes", short="-f")
 
@@ -98,6 +99,13 @@ _HOST = (
           Option("--update", "with either: run update-grub afterwards"))),
     Verb("host release", "host", "put the host back as it was before kvmd", "kvmd.cli.host:release", (),
          (Option("--partial", "only what no running guest needs"),), changes=True),
+    Verb("network list", "host", "all networks and whether they are there", "kvmd.cli.network:list_networks"),
+    Verb("network show", "host", "who is on a network, what it gives out, what is wrong", "kvmd.cli.network:show",
+         (_NETWORK,)),
+    Verb("network leases", "host", "the addresses DHCP servers have given out", "kvmd.cli.network:leases",
+         (Positional("NETWORK", of="network", optional=True),)),
+    Verb("network confirm", "host", "the NIC put into the network's bridge stays there", "kvmd.cli.network:confirm",
+         (_NETWORK,), changes=True),
     Verb("tune status", "host", "the tuning agent's present picture", "kvmd.cli.tune:status"),
     Verb("tune explain", "host", "the agent's decisions about a guest, with reasons", "kvmd.cli.tune:explain",
          (_GUEST,), (Option("--limit", "how many decisions (20)", "N"),)),
@@ -119,7 +127,7 @@ ALIASES = {"shutdown": "stop", "destroy": "kill", "dominfo": "show", "nodeinfo":
 LATER = frozenset({
     "health", "suspend", "resume", "save", "enable", "disable", "hold", "unhold", "wait", "delete", "clone",
     "rename", "release", "why", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
-    "backup", "restore", "import", "export", "network", "capabilities", "job", "db", "host hugepages",
+    "backup", "restore", "import", "export", "capabilities", "job", "db", "host hugepages",
     "host drain", "host undrain", "tune advise", "tune record", "tune replay", "tune simulate",
 })  # fmt: skip
 

@@ -51,6 +51,9 @@ def _networks_clash(name: str, network: Network, other: str, there: Network) -> 
     bridge = bridge_name(name, network)
     if bridge == bridge_name(other, there):
         yield Complaint(("network", "bridge"), f'"{bridge}" is the bridge of networks.d/{other}.toml too')
+    if network.uplink and there.uplink and network.uplink.interface == there.uplink.interface:
+        text = f'"{network.uplink.interface}" is the uplink of networks.d/{other}.toml too'
+        yield Complaint(("uplink", "interface"), text)
     if network.ipv4 is not None and there.ipv4 is not None:
         mine, theirs = network.ipv4.address.network, there.ipv4.address.network
         if mine.overlaps(theirs):

@@ -7,7 +7,7 @@ from ipaddress import IPv6Interface, IPv6Network
 from typing import Literal
 
 from kvmd.config.dhcpoptions import DhcpOption, DhcpOptionValue
-from kvmd.config.key import Table, key, later, named_tables, optional_table, table
+from kvmd.config.key import Table, key, named_tables, optional_table, table
 from kvmd.config.scalars import (
     AutoInterface,
     Domain,
@@ -41,7 +41,7 @@ class About(Table):
     )
     bridge: Interface | None = key(
         None,
-        'The Linux bridge. kvmd makes it unless mode = "bridge".',
+        'The Linux bridge. kvmd makes it unless mode = "bridge" without [uplink].',
         mark="~",
         classic="-net bridge,br=",
         example='"kvlan"',
@@ -62,8 +62,18 @@ class About(Table):
 class Uplink(Table):
     """[uplink]"""
 
-    interface: None = later("interface name", "NIC to be put into the bridge.", mark="~")
-    rollback: None = later("duration", "Undo when the host cannot be reached.", mark="~")
+    interface: Interface = key(
+        ...,
+        "NIC without a host address, to be put into the bridge that kvmd makes over it.",
+        mark="~",
+        example='"enp3s0"',
+    )
+    rollback: DurationT = key(
+        Duration(60),
+        'Taken out again unless `kvmd-cli network confirm` comes within this time; "0s": no trial.',
+        mark="~",
+        example='"60s"',
+    )
 
 
 class Dhcp(Table):
@@ -144,7 +154,7 @@ class Network(Table):
 
     schema_: Literal[1] = key(1, "Version of the keys; absent: 1.", alias="schema")
     network: About
-    uplink: Uplink | None = optional_table("NIC in the bridge.")
+    uplink: Uplink | None = optional_table('mode = "bridge": kvmd makes the bridge itself, over this NIC.')
     ipv4: Ipv4Config | None = optional_table("IPv4 on the bridge; absent: none.")
     ipv6: Ipv6Config | None = optional_table("IPv6 on the bridge.")
     dns: Dns = table(Dns)
@@ -159,7 +169,12 @@ UNIQUE_LOCAL = IPv6Network("fc00::/7")  # RFC 4193: routed nowhere, so a network
 
 def makes_bridge(network: Network) -> bool:
     """Whether the bridge is kvmd's own, made and removed with the file."""
-    return network.network.mode != "bridge"
+    return network.network.mode != "bridge" or network.uplink is not None
+
+
+def has_bridge(network: Network) -> bool:
+    """Whether guests' NICs are ports of a bridge."""
+    return True
 
 
 def is_forwarding(network: Network) -> bool:

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from kvmd.config.dhcpoptions import option_number
 from kvmd.config.faults import Complaint, twice
-from kvmd.config.network import Dhcp, Network, bridge_name, is_forwarding, is_translated, overlap
+from kvmd.config.network import Dhcp, Network, bridge_name, is_forwarding, is_translated, makes_bridge, overlap
 from kvmd.units import Duration
 
 Address = IPv4Address | IPv6Address
@@ -22,7 +22,10 @@ def network_rules(name: str, network: Network) -> Iterator[Complaint]:
     mode = network.network.mode
     if mode == "bridge":
         yield from _joined_bridge(network)
-    elif len(bridge_name(name, network)) > _IFNAME_MAX:
+    elif network.uplink is not None:
+        text = f'only with mode = "bridge"; it is "{mode}"'
+        yield Complaint(("uplink",), text, "nat.uplink says which way out guests take")
+    if makes_bridge(network) and len(bridge_name(name, network)) > _IFNAME_MAX:
         text = f'"{bridge_name(name, network)}" is longer than the {_IFNAME_MAX} characters of an interface name'
         yield Complaint(("network", "bridge"), text, 'give a shorter one, for example bridge = "kv0"', given=False)
     if is_forwarding(network) and network.ipv4 is None and network.ipv6 is None:
@@ -55,9 +58,11 @@ def _forwards(network: Network) -> Iterator[Complaint]:
 
 def _joined_bridge(network: Network) -> Iterator[Complaint]:
     reason = 'only where kvmd makes the bridge; with mode = "bridge" it only adds ports'
-    if network.network.bridge is None:
+    if network.uplink is not None:
+        reason = "the host has no part in the bridge of an [uplink]: its address would be cut off with it"
+    elif network.network.bridge is None:
         yield Complaint(("network", "bridge"), 'mode = "bridge" needs the name of an existing bridge', given=False)
-    if network.network.stp:
+    elif network.network.stp:
         yield Complaint(("network", "stp"), reason)
     if network.ipv4 is not None:
         yield Complaint(("ipv4",), reason)

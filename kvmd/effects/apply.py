@@ -14,7 +14,9 @@ from functools import partial
 from typing import assert_never
 
 from kvmd.actions import (
+    AttachUplink,
     BindDevice,
+    DetachUplink,
     EnsureBridge,
     EnsureSwapFile,
     EnsureZram,
@@ -37,7 +39,7 @@ from kvmd.actions import (
     WriteKernelArgs,
     WriteKnob,
 )
-from kvmd.effects import hugetlbfs, kernelargs, modules, nft, records, swap
+from kvmd.effects import hugetlbfs, kernelargs, modules, nft, records, swap, uplink
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.hostdevices import HostDevices
 from kvmd.effects.interrupts import IRQ
@@ -62,6 +64,7 @@ class HostApplier:
         self._store = store
         self._boot_id = tree.boot_id()
         self._devices = HostDevices(tree, netlink, store, self._boot_id)  # journals for itself
+        self.trials = uplink.Trials(store, self._boot_id)
         self._journalling = True
         self.knobs = asyncio.Lock()  # held where a knob and its record are written, or read together
 
@@ -110,6 +113,15 @@ class HostApplier:
                 await self._netlink.ensure_bridge(action)
             case SetPortVlans():
                 await self._netlink.set_port_vlans(action)
+            case AttachUplink():
+                self._journal(
+                    records.uplink_key(action.interface), "up" if action.was_up else "down", action.bridge, action.why
+                )
+                self.trials.begin(action)
+                await uplink.attach(self._netlink, action)
+            case DetachUplink():
+                await uplink.detach(self._netlink, action)
+                self._store.forget(records.uplink_key(action.interface))
             case RemoveBridge():
                 await self._netlink.remove_bridge(action)
                 self._store.forget(records.bridge_key(action.bridge))

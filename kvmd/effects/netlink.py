@@ -138,7 +138,8 @@ class Netlink:
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
-    async def _link(self, what: str, command: str, *, gone_ok: bool = False, **values: Any) -> None:
+    async def change(self, what: str, command: str, *, gone_ok: bool = False, **values: Any) -> None:
+        """One `ip link COMMAND` with these values; `what` is for the message. HostFailed."""
         await self._request(what, lambda route: route.link(command, **values), gone_ok=gone_ok)
 
     async def _dump(self, kind: str, what: str, **match: Any) -> list[Any]:
@@ -239,8 +240,8 @@ class Netlink:
                 found[message["index"]] = Tbf(parameters["rate"], parameters["limit"])
         return found
 
-    async def _find(self, name: str) -> Link | None:
-        """One link by name, with its addresses."""
+    async def find(self, name: str) -> Link | None:
+        """One link by name, with its addresses; None if there is none. HostFailed."""
         messages = await self._request(
             f"look at link {name}", lambda route: route.link("get", ifname=name), gone_ok=True
         )
@@ -253,7 +254,7 @@ class Netlink:
     async def ensure_bridge(self, action: EnsureBridge) -> None:
         """Make the bridge, or correct ours, to what the action says. Conflict if the name is somebody else's."""
         name = _checked(action.bridge)
-        link = await self._find(name)
+        link = await self.find(name)
         if link is None:
             link = await self._make_bridge(action)
         if not is_our_bridge(link):
@@ -268,7 +269,7 @@ class Netlink:
         )
         if action.vlan_filtering and not filtering:
             raise NotSupported(f"cannot set up bridge {name}: {NO_KERNEL}")
-        await self._link(
+        await self.change(
             what,
             "set",
             index=link.index,
@@ -279,23 +280,23 @@ class Netlink:
             ifalias=bridge_alias(action.network),
             **filtering,
         )
-        if any(":" in address for address in action.addresses):
-            await asyncio.to_thread(_allow_ipv6, name)
+        if any(":" in address for address in action.addresses) or not action.host:
+            await asyncio.to_thread(_switch_ipv6, name, on=action.host)
         await self._set_addresses(link, action.addresses)
-        await self._link(f"set bridge {name} up", "set", index=link.index, state="up")
+        await self.change(f"set bridge {name} up", "set", index=link.index, state="up")
 
     async def _make_bridge(self, action: EnsureBridge) -> Link:
         name = action.bridge
         # The address is there from the first moment: it is how a bridge without its alias yet is known as ours.
         try:
-            await self._link(f"make bridge {name}", "add", ifname=name, kind="bridge", address=bridge_mac(name))
+            await self.change(f"make bridge {name}", "add", ifname=name, kind="bridge", address=bridge_mac(name))
         except HostFailed as error:
             if error.details.get("errno") != errno.EEXIST:
                 raise
         # Only an MTU that was once changed is kept when a port has a lower one (br_if.c, BROPT_MTU_SET_BY_USER).
         other = action.mtu + 1 if action.mtu < _MAX_MTU else action.mtu - 1
-        await self._link(f"give bridge {name} an MTU of its own", "set", ifname=name, mtu=other)
-        link = await self._find(name)
+        await self.change(f"give bridge {name} an MTU of its own", "set", ifname=name, mtu=other)
+        link = await self.find(name)
         if link is None:
             raise HostFailed(f"bridge {name} vanished while it was being made", hint="does something else remove it?")
         return link
@@ -324,7 +325,7 @@ class Netlink:
     async def remove_bridge(self, action: RemoveBridge) -> None:
         """Remove a bridge of ours that has no port; one that is not there is removed. Conflict otherwise."""
         name = _checked(action.bridge)
-        link = await self._find(name)
+        link = await self.find(name)
         if link is None:
             return
         if not is_our_bridge(link):
@@ -337,7 +338,7 @@ class Netlink:
                 link=name,
                 ports=ports,
             )
-        await self._link(f"remove bridge {name}", "del", index=link.index, gone_ok=True)
+        await self.change(f"remove bridge {name}", "del", index=link.index, gone_ok=True)
 
     async def vf(self, link: str, index: int) -> VfPort | None:
         """How a physical function treats its virtual one; None when its driver does not say. HostFailed."""
@@ -356,13 +357,13 @@ class Netlink:
             raise HostFailed(f"there is no interface {port.link}, whose virtual function was to be set") from None
         what = f"set virtual function {port.index} of {port.link}"
         wanted: dict[str, Any] = {"vf": port.index, "mac": port.mac}
-        await self._link(f"{what}: MAC {port.mac}", "set", index=index, vf=dict(wanted))
-        await self._link(f"{what}: VLAN {port.vlan}", "set", index=index, vf={"vf": port.index, "vlan": port.vlan})
+        await self.change(f"{what}: MAC {port.mac}", "set", index=index, vf=dict(wanted))
+        await self.change(f"{what}: VLAN {port.vlan}", "set", index=index, vf={"vf": port.index, "vlan": port.vlan})
         if port.spoofchk is None:
             return
         check = {"vf": port.index, "spoofchk": int(port.spoofchk)}
         try:
-            await self._link(f"{what}: spoof check", "set", index=index, vf=check)
+            await self.change(f"{what}: spoof check", "set", index=index, vf=check)
         except HostFailed as error:
             if error.details.get("errno") != errno.EOPNOTSUPP:
                 raise
@@ -400,7 +401,7 @@ class Netlink:
             if tbf:
                 await self.shape(name, tbf)
             # Up at last: no frame passes before the address mode, the isolation, the VLANs and the limit are set.
-            await self._link(f"set TAP {name} up", "set", index=index, state="up")
+            await self.change(f"set TAP {name} up", "set", index=index, state="up")
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -409,7 +410,7 @@ class Netlink:
 
     async def _fence(self, name: str, index: int, bridge: str, vlans: Callable[[int], tuple[VlanRange, ...]]) -> None:
         """A port that is still down: its bridge gave it the default VLAN, it gets its own."""
-        there = await self._find(bridge)
+        there = await self.find(bridge)
         if there is None or there.default_pvid is None:
             raise NotSupported(f"TAP {name}: {NO_KERNEL}")
         if not there.vlan_filtering:
@@ -451,11 +452,11 @@ class Netlink:
         values["ifalias"] = alias
         no_address = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _ADDR_GEN_NONE)]})]}
         try:
-            await self._link(what, "set", IFLA_AF_SPEC=no_address, **values)
+            await self.change(what, "set", IFLA_AF_SPEC=no_address, **values)
         except HostFailed as error:
             if error.details.get("errno") not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
                 raise
-            await self._link(what, "set", **values)  # a kernel without IPv6
+            await self.change(what, "set", **values)  # a kernel without IPv6
         if isolated:
             await self._request(
                 f"isolate TAP {name} from other ports of {bridge}",
@@ -464,12 +465,15 @@ class Netlink:
         return index
 
 
-def _allow_ipv6(bridge: str) -> None:
-    """On a host where IPv6 is off for new links (net.ipv6.conf.default.disable_ipv6) our bridge is the exception."""
+def _switch_ipv6(bridge: str, *, on: bool) -> None:
+    """On where the host has an address, also if new links have it off; off where it has no part in the bridge."""
     try:
-        Path(f"/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6").write_text("0")
+        Path(f"/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6").write_text("0" if on else "1")
+    except FileNotFoundError:
+        if on:
+            raise HostFailed(f"bridge {bridge}: this kernel has no IPv6", hint="take [ipv6] out of its file") from None
     except OSError as error:
-        raise refused(f"allow IPv6 on bridge {bridge}", error) from None
+        raise refused(f"switch IPv6 {'on' if on else 'off'} on bridge {bridge}", error) from None
 
 
 def _checked(name: str) -> str:

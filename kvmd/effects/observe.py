@@ -11,8 +11,9 @@ from kvmd.effects import hugetlbfs, interrupts, kernelargs, listeners, modules, 
 from kvmd.effects.dnsmasq import Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.records import EffectKind, ruleset_key
-from kvmd.effects.routes import ra_uplinks
+from kvmd.effects.routes import default_links, ra_uplinks
 from kvmd.effects.sysfs import HostTree
+from kvmd.effects.uplink import Trials
 from kvmd.facts import Facts, Iommu, JournalEntry
 from kvmd.plan import hugetlbfs as hugetlbfs_plan
 from kvmd.plan import interrupts as irq_plan
@@ -30,6 +31,7 @@ class HostObserver:
     tree: HostTree
     netlink: Netlink
     dnsmasqs: Dnsmasqs
+    trials: Trials
 
     async def observe(self, desired: Desired, journal: Sequence[JournalEntry]) -> Facts:
         """The facts about the host, without its guests. `journal`: effects of ours in this boot, looked at even when
@@ -44,6 +46,7 @@ class HostObserver:
         zrams = swap.observe_zrams(self.tree)
         with_pci = vfio.is_concerned(desired, [entry.kind for entry in journal])
         with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
+        over_nics = any(net.uplink for net in desired.networks.values())
         filtering = any(net.network.vlan_filtering for net in desired.networks.values())
         links = await self.netlink.observe_links(vlans=filtering) if with_networks or with_pci else ()
         with_fences = any(has_fence(nic) for guest in desired.guests.values() for nic in guest.nic.values())
@@ -76,6 +79,8 @@ class HostObserver:
             },
             links=links,
             vlan_filtering=await self.netlink.can_filter_vlans(links) if filtering else None,
+            uplinks=self.trials.all(),
+            default_links=default_links(self.tree) if over_nics else frozenset(),
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe(NETWORKS) if with_networks else None,
             nft_ports=await nft.observe(PORTS) if with_fences else None,

@@ -20,6 +20,7 @@ class EffectKind(StrEnum):
     KNOB = "knob"
     HUGEPAGES = "hugepages"
     BRIDGE = "bridge"
+    UPLINK = "uplink"
     RULESET = "ruleset"
     DNSMASQ = "dnsmasq"
     KERNEL_ARGS = "kernel-args"
@@ -59,6 +60,11 @@ def hugepages_key(node: int, page_bytes: int) -> str:
 def bridge_key(bridge: str) -> str:
     """Journal key of a bridge kvmd made."""
     return f"{EffectKind.BRIDGE}:{bridge}"
+
+
+def uplink_key(interface: str) -> str:
+    """Journal key of a NIC kvmd made a bridge's port; its original is "up" or "down", its new value the bridge."""
+    return f"{EffectKind.UPLINK}:{interface}"
 
 
 def ruleset_key(table: str) -> str:

@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,10 @@ class Store:
         """What `set_meta` was told; None if nothing."""
         rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
         return str(rows[0][0]) if rows else None
+
+    def metas(self, prefix: str) -> Mapping[str, str]:
+        """All of `set_meta` whose key begins with `prefix`."""
+        return dict(self._rows("SELECT key, value FROM meta WHERE substr(key, 1, ?) = ?", len(prefix), prefix))
 
 
 def _process(pid: int | None, start_time: int | None) -> Process | None:

@@ -164,13 +164,13 @@ def _ipv6(name: str, network: Network, ipv6: Ipv6Config) -> Iterator[str]:
     if ipv6.mode == "slaac":
         yield f"dhcp-range={address.network.network_address},ra-stateless,{prefix},{lease}"
     else:
-        first, last = _pool6(address)
+        first, last = pool6(address)
         yield f"dhcp-range={first},{last},{prefix},{lease}"
     if not network.dns.enabled:
         yield ",".join(("dhcp-option=option6:dns-server", *(f"[{server}]" for server in _upstream(network, 6))))
 
 
-def _pool6(address: IPv6Interface) -> tuple[IPv6Address, IPv6Address]:
+def pool6(address: IPv6Interface) -> tuple[IPv6Address, IPv6Address]:
     """First and last address of the DHCPv6 pool: out of the way of those that people choose, which are low.
 
     fd50::1:0 to fd50::1:ffff of a /64; of a prefix with fewer than 2^17 addresses the upper half.

@@ -31,6 +31,7 @@ from kvmd.plan.links import bridge_alias, bridge_mac, is_our_bridge
 from kvmd.plan.networkworld import Macs, World, look
 from kvmd.plan.nft import build_ruleset
 from kvmd.plan.nfttable import difference
+from kvmd.plan.uplink import plan_detach, plan_uplink
 from kvmd.plan.vlans import check_filtering, plan_ports
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
@@ -109,7 +110,7 @@ def _plan_bridge(world: World, name: str, network: Network) -> bool:
     change = "create" if link is None else _bridge_change(name, network, link)
     if change:
         world.actions.append(_ensure(world, name, bridge, network, change))
-    return True
+    return plan_uplink(world, name, network)
 
 
 def _ensure(world: World, name: str, bridge: str, network: Network, change: str) -> EnsureBridge:
@@ -122,6 +123,7 @@ def _ensure(world: World, name: str, bridge: str, network: Network, change: str)
         mtu=network.network.mtu,
         stp=network.network.stp,
         vlan_filtering=network.network.vlan_filtering,
+        host=network.uplink is None,
         addresses=_addresses(network),
         change=change,
         why=f"networks.d/{name}.toml declares a network of mode {network.network.mode}",
@@ -233,7 +235,7 @@ def _plan_ruleset(world: World) -> None:
 
 
 def _plural(world: World) -> str:
-    names = sorted(name for name, network in world.networks.items() if makes_bridge(network))
+    names = sorted(name for name, network in world.networks.items() if network.network.mode != "bridge")
     return f"network{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
@@ -326,6 +328,7 @@ def _label(text: str, taken: set[str]) -> str:
 
 
 def _plan_removal(world: World) -> None:
+    leaving = plan_detach(world)
     leftover = _leftover(world)
     for server in sorted(world.facts.dnsmasq, key=lambda server: server.network):
         network = world.networks.get(server.network)
@@ -335,7 +338,7 @@ def _plan_removal(world: World) -> None:
             disruption = _removal_disruption(world, bridges)
             world.actions.append(StopDnsmasq(network=server.network, why=why, disruption=disruption))
     for link in leftover:
-        ports = world.ports.get(link.name, ())
+        ports = [port for port in world.ports.get(link.name, ()) if port not in leaving]
         why = "no network is declared for it" + (f"; still plugged in: {', '.join(ports)}" if ports else "")
-        disruption = _removal_disruption(world, (link,))
+        disruption = Disruption.NETWORK if ports else Disruption.NONE
         world.actions.append(RemoveBridge(bridge=link.name, why=why, disruption=disruption))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kvmd.actions import (
+    DetachUplink,
     HostAction,
     ReleaseDevice,
     RemoveBridge,
@@ -115,6 +116,8 @@ def _undo(kind: str, subject: str, original: str, new: str, facts: Facts) -> Und
             return _unswap(key, zram.path, RemoveZram(number=zram.number, why=WHY), facts)
         case "bridge":
             return Undo(key, RemoveBridge(bridge=subject, why=WHY))
+        case "uplink":
+            return _uplink(key, subject, original, new, facts)
         case "ruleset":
             there = facts.nft_ports if subject == PORTS else facts.nft
             remove = ReplaceRuleset(text="", change="remove", table=subject, why=WHY)
@@ -152,6 +155,13 @@ def _vfs(key: str, device: str, original: str, facts: Facts) -> Undo:
         return Undo(key, None, kept=f"{name} keeps its {found.vfs} virtual functions: {', '.join(users)}")
     action = SetVfs(device=device, pool=name, old=found.vfs, new=int(number), autoprobe=autoprobe == "1", why=WHY)
     return Undo(key, action)
+
+
+def _uplink(key: str, interface: str, original: str, bridge: str, facts: Facts) -> Undo:
+    link = next((link for link in facts.links if link.name == interface), None)
+    if link is None or link.master != bridge:
+        return Undo(key, None)
+    return Undo(key, DetachUplink(bridge=bridge, interface=interface, was_up=original == "up", why=WHY))
 
 
 def _module(key: str, name: str, facts: Facts) -> Undo:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from kvmd.actions import (
     Action,
     AnyAction,
+    AttachUplink,
+    DetachUplink,
     Disruption,
     EnableGuest,
     EnsureBridge,
@@ -63,6 +65,7 @@ from kvmd.facts import (
     SwapFile,
     Thread,
     TunedKnob,
+    UplinkTrial,
     Zram,
 )
 from kvmd.plan import cpus
@@ -523,10 +526,28 @@ def _ensure_bridge(world: FakeWorld, action: EnsureBridge) -> None:
     world.change(links=(*(link for link in world.facts.links if link is not old), made))
 
 
+def _attach_uplink(world: FakeWorld, action: AttachUplink) -> None:
+    key = records.uplink_key(action.interface)
+    world.journal(key, "up" if action.was_up else "down", action.bridge, action.why)
+    rest = tuple(one for one in world.facts.uplinks if one.network != action.network)
+    state: Literal["trial", "kept"] = "trial" if action.rollback_s else "kept"
+    world.change(uplinks=(*rest, UplinkTrial(action.network, action.interface, action.bridge, state, BOOT)))
+    world.change(links=_with(world.facts.links, action.interface, master=action.bridge, up=True))
+
+
+def _detach_uplink(world: FakeWorld, action: DetachUplink) -> None:
+    world.change(links=_with(world.facts.links, action.interface, master=None, up=action.was_up))
+    world.forget(records.uplink_key(action.interface))
+
+
+def _with(links: tuple[Link, ...], name: str, **fields: Any) -> tuple[Link, ...]:
+    return tuple(replace(one, **fields) if one.name == name else one for one in links)
+
+
 def _set_port_vlans(world: FakeWorld, action: SetPortVlans) -> None:
     links = world.facts.links
     assert any(link.name == action.port and link.master == action.bridge for link in links), f"no port {action.port}"
-    world.change(links=tuple(replace(one, vlans=action.vlans) if one.name == action.port else one for one in links))
+    world.change(links=_with(links, action.port, vlans=action.vlans))
 
 
 def _remove_bridge(world: FakeWorld, action: RemoveBridge) -> None:
@@ -636,6 +657,8 @@ EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     RemoveSwapFile: _remove_swap_file,
     EnsureZram: _ensure_zram,
     RemoveZram: _remove_zram,
+    AttachUplink: _attach_uplink,
+    DetachUplink: _detach_uplink,
     EnsureBridge: _ensure_bridge,
     SetPortVlans: _set_port_vlans,
     RemoveBridge: _remove_bridge,

@@ -9,6 +9,7 @@ from kvmd.manager import Manager
 from kvmd.rpc.builtin import add_builtin
 from kvmd.rpc.events import EventHub
 from kvmd.rpc.methods import Methods
+from kvmd.rpc.networks import NetworkMethods
 from kvmd.rpc.registry import Registry
 from kvmd.tuning.agent import Agent
 
@@ -19,6 +20,7 @@ def registry() -> Registry:
     add_builtin(found, EventHub(), version="0")
     nothing: Any = None
     Methods(cast(Manager, nothing), lambda: cast(Agent, nothing), started_at=0.0).add_to(found)
+    NetworkMethods(cast(Manager, nothing)).add_to(found)
     return found
 
 

@@ -15,7 +15,8 @@ FIXED = """
 init create edit set check plan apply reconcile status health explain
 list show start stop kill reboot reset restart suspend resume save enable disable hold unhold wait delete clone rename
 release why logs events console monitor screenshot ip stats top graph argv disk nic image backup restore import export
-host.facts host.cpus host.hugepages host.drain host.undrain host.release network capabilities doctor
+host.facts host.cpus host.hugepages host.drain host.undrain host.release capabilities doctor
+network.list network.show network.leases
 tune.status tune.advise tune.explain tune.record tune.replay tune.simulate job db version completion
 """
 

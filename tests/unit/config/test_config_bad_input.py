@@ -802,6 +802,26 @@ CASES = [
         BASE.replace('type = "user"', 'network = "lan"\nvlans = ["10-20"]'),
         [':5: nic.a.vlans: wants a VLAN, a number from 1 to 4094; this is the text "10-20"'],
     ),
+    (
+        NETWORK,
+        NAT + '[uplink]\ninterface = "enp3s0"\n',
+        [':5: uplink: only with mode = "bridge"; it is "nat" (nat.uplink says which way out guests take)'],
+    ),
+    (
+        NETWORK,
+        '[network]\nmode = "bridge"\n[uplink]\n',
+        [':3: uplink.interface: is required (for example interface = "enp3s0")'],
+    ),
+    (
+        NETWORK,
+        '[network]\nmode = "bridge"\n[uplink]\ninterface = "a-name-of-16-chr"\n',
+        [':4: uplink.interface: "a-name-of-16-chr" is not an interface name: 1 to 15 of letters, digits, _ . and -'],
+    ),
+    (
+        NETWORK,
+        '[network]\nmode = "bridge"\n[uplink]\ninterface = "enp3s0"\n[ipv4]\naddress = "10.0.0.1/24"\n',
+        [":5: ipv4: the host has no part in the bridge of an [uplink]: its address would be cut off with it"],
+    ),
     (NETWORK, NAT.replace('"nat"', '"nat"\nmtu = 20'), [":3: network.mtu: 20 is out of range: at least 68"]),
     (
         HOST,
