@@ -118,6 +118,29 @@ class HugepagePool:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeBlocks:
+    """A node's free memory by the size of its pieces (/proc/buddyinfo), without the zone for old devices."""
+
+    node: int
+    page_bytes: int  # of an ordinary page
+    counts: tuple[int, ...]  # counts[n]: free blocks of page_bytes << n
+
+    @property
+    def largest_bytes(self) -> int:
+        """The kernel's largest block."""
+        return self.page_bytes << max(0, len(self.counts) - 1)
+
+    @property
+    def free_bytes(self) -> int:
+        """All of it."""
+        return sum(size * count for size, count in self.by_size())
+
+    def by_size(self) -> tuple[tuple[int, int], ...]:
+        """(bytes of a block, how many), from small to large."""
+        return tuple((self.page_bytes << order, count) for order, count in enumerate(self.counts))
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """/proc/meminfo and /proc/swaps, in bytes."""
 
@@ -396,6 +419,7 @@ class Facts:
     interrupts: tuple[Interrupt, ...] = ()  # read when cpu.irq_affinity asks for them
     irqbalance: Irqbalance | None = None  # likewise
     hugepages: tuple[HugepagePool, ...] = ()
+    free_blocks: tuple[FreeBlocks, ...] = ()
     knobs: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # absolute path -> stripped content
     kernel: str = ""  # release of the running kernel
     modules: Mapping[str, Module] = field(default_factory=lambda: EMPTY)  # by the name that was asked for

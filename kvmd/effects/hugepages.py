@@ -6,13 +6,18 @@ is read back. All of this can take seconds to minutes: callers in the event loop
 
 from __future__ import annotations
 
+import os
+
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed, NotSupported
-from kvmd.facts import HugepagePool
+from kvmd.facts import FreeBlocks, HugepagePool
+from kvmd.plan.fragmentation import boot_arguments, explain
 from kvmd.units import Size
 
 NODE = "/sys/devices/system/node"
 GLOBAL = "/sys/kernel/mm/hugepages"
+BUDDYINFO = "/proc/buddyinfo"
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def observe_pools(tree: Tree) -> tuple[HugepagePool, ...]:
@@ -45,6 +50,19 @@ def observe_pools(tree: Tree) -> tuple[HugepagePool, ...]:
     return tuple(pools)
 
 
+def observe_blocks(tree: Tree) -> tuple[FreeBlocks, ...]:
+    """/proc/buddyinfo by node, ascending; () where it cannot be read."""
+    nodes: dict[int, list[int]] = {}
+    for line in (tree.read(BUDDYINFO) or "").splitlines():
+        fields = line.replace(",", " ").split()  # Node 0, zone Normal 1 85 363 ...
+        node, counts = fields[1:2], fields[4:]
+        if len(fields) < 5 or fields[3] == "DMA" or not all(field.isdigit() for field in (*node, *counts)):
+            continue
+        known = nodes.get(int(node[0]), [0] * len(counts))
+        nodes[int(node[0])] = [have + int(count) for have, count in zip(known, counts, strict=False)]
+    return tuple(FreeBlocks(node, PAGE_BYTES, tuple(counts)) for node, counts in sorted(nodes.items()))
+
+
 def set_pool(tree: Tree, node: int, page_bytes: int, count: int, *, compact: bool = True) -> int:
     """Make the pool hold `count` pages that stay, and return what it then holds.
 
@@ -62,18 +80,20 @@ def set_pool(tree: Tree, node: int, page_bytes: int, count: int, *, compact: boo
     wanted = max(count, used)
     if old == wanted:
         return old
-    _ask(tree, knob, wanted, page_bytes)
+    _ask(tree, knob, node, wanted, page_bytes)
     got = _persistent(tree, directory) or 0
     if got < wanted and compact:
         _compact(tree, node)
-        _ask(tree, knob, wanted, page_bytes)
+        _ask(tree, knob, node, wanted, page_bytes)
         got = _persistent(tree, directory) or 0
     if got >= wanted:
         return got
+    blocks = next((found for found in observe_blocks(tree) if found.node == node), None)
     restored = _roll_back(tree, directory, old)
     raise HostFailed(
-        f"asked {wanted} pages of {Size(page_bytes)} on node {node}, the host gave {got}; back to {restored}",
-        hint=_hint(page_bytes, wanted),
+        f"asked {wanted} pages of {Size(page_bytes)} on node {node}, the host gave {got}; back to {restored}"
+        + (f" ({explain(blocks, page_bytes)} besides these {got})" if blocks else ""),
+        hint=_hint(tree, node, page_bytes, wanted),
         node=node,
         page_bytes=page_bytes,
         asked=wanted,
@@ -82,12 +102,12 @@ def set_pool(tree: Tree, node: int, page_bytes: int, count: int, *, compact: boo
     )
 
 
-def _ask(tree: Tree, knob: str, count: int, page_bytes: int) -> None:
+def _ask(tree: Tree, knob: str, node: int, count: int, page_bytes: int) -> None:
     try:
         tree.write(knob, str(count))
     except HostFailed as error:
         if error.hint is None:
-            error.hint = _hint(page_bytes, count)
+            error.hint = _hint(tree, node, page_bytes, count)
         raise
 
 
@@ -108,14 +128,13 @@ def _compact(tree: Tree, node: int) -> None:
             return
 
 
-def _hint(page_bytes: int, count: int) -> str:
+def _hint(tree: Tree, node: int, page_bytes: int, count: int) -> str:
+    """What would give them: the command line with what all nodes have by then."""
+    pools = {pool.node: pool.total - pool.surplus for pool in observe_pools(tree) if pool.page_bytes == page_bytes}
+    boot = f'at boot they are sure: "{boot_arguments(page_bytes, pools | {node: count})}" on the kernel command line'
     if page_bytes >= 1 << 30:
-        size = f"{page_bytes >> 30}G"
-        return (
-            f"pages of {Size(page_bytes)} are sure only at boot: add to the kernel command line "
-            f'"hugepagesz={size} hugepages={count}"'
-        )
-    return "memory is too fragmented or too full: stop a guest, drop caches, ask for fewer pages, or reserve them early"
+        return boot
+    return f"stop a guest, drop caches (echo 3 > /proc/sys/vm/drop_caches), or ask for fewer pages; {boot}"
 
 
 def _persistent(tree: Tree, directory: str) -> int | None:

@@ -61,6 +61,7 @@ class HostObserver:
             interrupts=interrupts.observe_interrupts(self.tree, fixed) if with_irqs else (),
             irqbalance=interrupts.observe_irqbalance(self.tree) if with_irqs else None,
             hugepages=self.tree.observe_hugepages(),
+            free_blocks=self.tree.observe_blocks(),
             knobs=self.tree.observe_knobs(knobs),
             kernel=self.tree.kernel(),
             modules=modules.observe(self.tree, names),

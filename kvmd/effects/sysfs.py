@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from kvmd.effects import hugepages, proc, topology
 from kvmd.effects.tree import Tree
 from kvmd.errors import HostFailed
-from kvmd.facts import CpuTopology, HugepagePool, Memory, Process
+from kvmd.facts import CpuTopology, FreeBlocks, HugepagePool, Memory, Process
 
 KVM_MODULES = ("kvm_intel", "kvm_amd")
 
@@ -49,6 +49,10 @@ class HostTree(Tree):
     def observe_hugepages(self) -> tuple[HugepagePool, ...]:
         """All pools, by node and page size."""
         return hugepages.observe_pools(self)
+
+    def observe_blocks(self) -> tuple[FreeBlocks, ...]:
+        """Free memory by node and size of its pieces."""
+        return hugepages.observe_blocks(self)
 
     def observe_knobs(self, paths: Iterable[str]) -> Mapping[str, str]:
         """Content of those of `paths` that exist; of a choice ("always [madvise] never") the chosen word."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from kvmd.actions import Action, Problem, SetHugepages
 from kvmd.config.host import HugepagePoolConfig
-from kvmd.facts import EMPTY, Facts, HugepagePool
+from kvmd.facts import EMPTY, Facts, FreeBlocks, HugepagePool
+from kvmd.plan.fragmentation import boot_arguments, explain, in_one_piece
 from kvmd.units import CpuSet, Size
 
 GIGANTIC = 1 << 30
@@ -116,6 +117,7 @@ class _SizePlan:
     needs: dict[str, PageNeed]
     running: dict[str, int]  # pages of this size that each of our guests has
     floor: dict[int, int]  # pages that stay whatever is decided: in use, or there before kvmd
+    blocks: Mapping[int, FreeBlocks] = field(default_factory=dict)  # by node
     target: dict[int, int] = field(default_factory=dict)
     reasons: dict[int, list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -144,6 +146,7 @@ class _SizePlan:
             needs={name: needs[name] for name in sorted(needs) if needs[name].page_bytes == page_bytes},
             running={g.name: _pages(g.memory_bytes, page_bytes) for g in facts.guests if g.page_bytes == page_bytes},
             floor={node: max(_held(pool), kept[node]) for node, pool in pools.items()},
+            blocks={found.node: found for found in facts.free_blocks},
         )
 
     def decide(self, budget: _Budget) -> None:
@@ -327,8 +330,9 @@ class _SizePlan:
                 f"hugepages.{Size(self.page_bytes)}.pages: {', '.join(self.reasons.get(node) or ['nobody needs them'])}"
             )
             if self.page_bytes >= GIGANTIC and new > old:
-                size = f"{self.page_bytes >> 30}G"
-                why += f"; sure only from boot on: hugepagesz={size} hugepages={sum(self.target.values())}"
+                why += f"; sure only from boot on: {boot_arguments(self.page_bytes, self.target)}"
+            elif node in self.blocks and in_one_piece(self.blocks[node], self.page_bytes) < new - old:
+                why += f"; {explain(self.blocks[node], self.page_bytes)}"
             yield SetHugepages(
                 why=why, node=node, page_bytes=self.page_bytes, old=old, new=new, compact=self.wish.compact
             )

@@ -311,6 +311,32 @@ def test_without_compaction_when_told_so(tmp_path: Path) -> None:
     assert not [path for path, _ in host.writes if path.endswith("compact")]
 
 
+BUDDYINFO = """Node 0, zone      DMA      9      9      9
+Node 0, zone    DMA32      1      2      3
+Node 0, zone   Normal     10     20     30
+Node 1, zone   Normal      5      6      7
+nonsense
+"""
+
+
+def test_free_memory_by_the_size_of_its_pieces(tmp_path: Path) -> None:
+    assert HostTree(tmp_path).observe_blocks() == ()
+    write_tree({"/proc/buddyinfo": BUDDYINFO}, tmp_path)
+    assert [(found.node, found.counts) for found in HostTree(tmp_path).observe_blocks()] == [
+        (0, (11, 22, 33)),
+        (1, (5, 6, 7)),
+    ]
+
+
+def test_a_shortfall_is_explained_by_the_pieces_memory_is_in(tmp_path: Path) -> None:
+    host = _stingy(tmp_path, room=300)
+    write_tree({"/proc/buddyinfo": "Node 0, zone   Normal   0 0 0 0 0 0 0 0 0 4 1\n"}, tmp_path)
+    with pytest.raises(HostFailed) as caught:
+        host.set_hugepages(0, 2 * MIB, 512)
+    assert "6 pages of 2MiB in one piece, at most 0 more by compaction besides these 300" in caught.value.message
+    assert '"hugepagesz=2M hugepages=512" on the kernel command line' in (caught.value.hint or "")
+
+
 def test_gigantic_pages_name_the_kernel_command_line(tmp_path: Path) -> None:
     host = _stingy(tmp_path, room=0)
     with pytest.raises(HostFailed) as caught:

@@ -204,7 +204,7 @@ def test_gigantic_pages_say_what_makes_them_sure_and_come_first() -> None:
         "~ hugepages 1GiB node 1: 0 -> 1 pages",
         "~ hugepages 2MiB node 0: 0 -> 3 pages",
     ]
-    assert "hugepagesz=1G hugepages=2" in actions[1].why
+    assert "hugepagesz=1G hugepages=0:1,1:1" in actions[1].why
 
 
 def test_declared_below_use_is_told() -> None:
