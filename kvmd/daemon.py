@@ -117,6 +117,7 @@ class Daemon:
             services.units = systemd.Units() if _with_units(wish.qemu.supervisor) else None
             dnsmasqs.units = systemd.Units() if systemd.supervised() else None
             agent.make = lambda: _make_agent(manager, applier, history)
+            services.usage = lambda: history.usage(Services.now())
             registry = Registry()
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
@@ -145,6 +146,7 @@ class Daemon:
             tasks.append(group.create_task(dnsmasqs.watch(mender.dnsmasq_ended), name="dnsmasq"))
             tasks.append(group.create_task(watch_links(mender.links_changed), name="links"))
             tasks.append(group.create_task(agent().run(), name="tuning"))
+            tasks.append(group.create_task(_sample(manager, agent, history), name="samples"))
             tasks.append(group.create_task(_reload(reloading, manager, server), name="reload"))
             await stopping.wait()
             systemd.notify("STOPPING=1")
@@ -166,7 +168,7 @@ class Daemon:
             if loop.time() >= next_prune:
                 next_prune = loop.time() + PRUNE_S
                 wish = guests.services.loaded.desired.daemon.history
-                history.prune(Services.now(), wish.events, wish.max_size)
+                history.prune(Services.now(), wish.events, wish.max_size, wish.samples)
 
 
 class LateAgent:
@@ -194,6 +196,13 @@ def _make_agent(manager: Manager, applier: HostApplier, history: History) -> Age
 
     memory = GuestMemory(manager, applier)
     return Agent(memory, memory, history, memory.settings)
+
+
+async def _sample(manager: Manager, agent: LateAgent, history: History) -> None:
+    """Keep what each guest needs, for admission."""
+    from kvmd.wiring import Sampler
+
+    await Sampler(manager, agent(), history).run()
 
 
 def _publisher(hub: EventHub, history: History, agent: LateAgent) -> Publish:

@@ -148,6 +148,7 @@ class Memory:
     available_bytes: int = 0
     swap_total_bytes: int = 0
     swap_free_bytes: int = 0
+    zram_bytes: int = 0  # part of the swap: compressed, in RAM
     hugetlb_bytes: int = 0  # all pools of all sizes
     node_total_bytes: Mapping[int, int] = field(default_factory=lambda: EMPTY)
     node_free_bytes: Mapping[int, int] = field(default_factory=lambda: EMPTY)
@@ -343,6 +344,16 @@ class RunningGuest:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a guest was seen to need, from samples of its runs (history.samples)."""
+
+    samples: int
+    span_s: float  # from the oldest one to now
+    demand_p95_bytes: int  # 95 % of the samples were at most that
+    overhead_bytes: int | None = None  # most that its QEMU held beside the guest's memory; None: not measured
+
+
+@dataclass(frozen=True, slots=True)
 class GuestLife:
     """Where one guest is and where it was last asked to be."""
 
@@ -444,6 +455,7 @@ class Facts:
     guests: tuple[RunningGuest, ...] = ()
     lives: tuple[GuestLife, ...] = ()
     foreign_qemu_bytes: int = 0  # RSS of QEMU processes that are not ours
+    usage: Mapping[str, Usage] = field(default_factory=lambda: EMPTY)  # by guest, of those with samples
     units: tuple[GuestUnit, ...] | None = None  # None: guests are no units of systemd
     journal: tuple[JournalEntry, ...] = ()  # what kvmd did to the host in this boot, in that order
     tuned: tuple[TunedKnob, ...] = ()  # by path

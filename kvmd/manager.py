@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvmd.actions import (
@@ -39,7 +39,9 @@ from kvmd.facts import BootLine, Facts
 from kvmd.guest.passthrough import Passthrough
 from kvmd.guest.roster import Roster
 from kvmd.plan import kernelargs, ports
+from kvmd.plan.admission import Account
 from kvmd.plan.dnsmasq import Lease
+from kvmd.plan.entry import Entry, growth
 from kvmd.plan.host import Plan, plan, plan_pools
 from kvmd.plan.kernelargs import KernelArguments
 from kvmd.plan.nfttable import PORTS, difference
@@ -95,6 +97,7 @@ class Manager:
             lives=self.guests.lives(),
             foreign_qemu_bytes=services.tree.foreign_qemu(frozenset(guest.process.pid for guest in guests)),
             units=services.units.observe() if services.units else None,
+            usage=services.usage(),
             journal=journal,
             tuned=tuned,
         )
@@ -107,6 +110,15 @@ class Manager:
         """The host, and what a pass would do to it now."""
         facts = await self.observe()
         return facts, self._plan(facts, prune=False, retake=False)
+
+    async def admissions(self, names: Sequence[str]) -> tuple[Account, ...]:
+        """The sum for each of these guests, were they started one after the other now. NotFound, ConfigInvalid."""
+        desired, facts = self.services.loaded.desired, await self.observe()
+        for name in names:
+            self.services.declared(name)
+        actions, _ = plan_pools(desired, facts, self._original_pools(facts.boot_id))
+        entry = Entry(desired, facts, growing_bytes=growth(actions))
+        return tuple(entry.account(name) for name in names)
 
     def _plan(self, facts: Facts, *, prune: bool, retake: bool) -> Plan:
         return plan(
@@ -219,7 +231,7 @@ class Manager:
                 boot_id=tree.boot_id(),
                 memory=tree.observe_memory(),
                 hugepages=tree.observe_hugepages(),
-                guests=self.guests.all_running(),
+                guests=self.guests.footing(),
             )
             actions, _ = plan_pools(desired, facts, self._original_pools(facts.boot_id))
             growing = (a for a in actions if isinstance(a, SetHugepages) and a.new > a.old)

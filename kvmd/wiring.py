@@ -5,11 +5,14 @@ Guests are looked up by name at each call; nothing here judges.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
 from kvmd.actions import WriteKnob
 from kvmd.effects.apply import HostApplier
+from kvmd.effects.history import History
+from kvmd.effects.records import Sample
 from kvmd.effects.sensors import KSM, HostSensors
 from kvmd.errors import QemuFailed
 from kvmd.guest.lifecycle import ALIVE
@@ -17,11 +20,13 @@ from kvmd.guest.started import started_memory, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager
 from kvmd.plan.ksm import rate_wish
-from kvmd.tuning.agent import Settings
+from kvmd.tuning.agent import Agent, Settings
 from kvmd.tuning.ksm import KsmSample
 from kvmd.tuning.limits import advise_only, ksm_limits_of, limits_of
 from kvmd.tuning.snapshot import BalloonReading, GuestFacts, HostSample
 
+SAMPLE_S = 300.0
+SETTLED_S = 120.0  # a guest that boots has not touched what it needs
 BALLOON = "/machine/peripheral/balloon"
 PAGES = f"{KSM}/pages_to_scan"
 
@@ -114,3 +119,33 @@ class GuestMemory:
         services = self._manager.services
         old, why = services.tree.read(PAGES) or "", rate_wish(services.loaded.desired.host.ksm)
         await self._applier.apply(WriteKnob(path=PAGES, old=old, new=str(pages_to_scan), why=why, requirement=False))
+
+
+class Sampler:
+    """Keeps what each running guest needs, a row a guest every SAMPLE_S, for admission (`facts.Usage`)."""
+
+    def __init__(self, manager: Manager, agent: Agent, history: History) -> None:
+        self._manager = manager
+        self._agent = agent
+        self._history = history
+        self._host = HostSensors()
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            await self.sample_once()
+
+    async def sample_once(self) -> None:
+        """All guests that run long enough to have touched what they need. Demand is what the balloon's figures say,
+        else what the guest holds."""
+        demands, now = self._agent.demands(), self._manager.services.now()
+        for guest in self._manager.guests.footing():
+            supervisor = self._manager.guests.supervisors[guest.name]
+            begun = supervisor.record.running_at if supervisor.record else None
+            if begun is None or now - begun < SETTLED_S:
+                continue
+            found = await asyncio.to_thread(self._host.footprint, guest.process.pid, guest.memory_bytes)
+            if found is not None:
+                demand = min(demands.get(guest.name, found.guest_bytes), guest.memory_bytes)
+                self._history.add_sample(Sample(now, guest.name, demand, found.other_bytes))

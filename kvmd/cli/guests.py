@@ -134,14 +134,24 @@ def _each(
 
 def _dry(session: Session, names: Sequence[str], sign: str, word: str, needed: Callable[[str], bool]) -> int:
     """What would be asked for, as plan lines."""
-    actions = []
+    actions, needing = [], []
     for name in names:
         state = session.call("guest.show", name=name)["state"]
         if needed(state):
+            needing.append(name)
             line = f"{sign} guest {name}: {word}"
             why = f"asked for; it is {state}"
             actions.append({"kind": f"{word}-guest", "line": line, "why": why, "disruption": "guest"})
         else:
             session.say(f"{name} is {state}: nothing to do")
-    session.result({"actions": actions}, lambda: "\n".join(render.action(a, on=session.colours) for a in actions))
+    result: dict[str, Any] = {"actions": actions}
+    starting = [name for name, action in zip(needing, actions, strict=True) if word == "start" and action]
+    if starting:
+        result |= session.call("host.admission", names=starting)
+
+    def shown() -> str:
+        lines = [render.action(action, on=session.colours) for action in actions]
+        return "\n".join(filter(None, (*lines, render.admissions(result.get("admissions", ())))))
+
+    session.result(result, shown)
     return 0

@@ -212,7 +212,14 @@ def plan(found: Mapping[str, Any], *, on: bool) -> str:
     lines = [actions(found["actions"], on=on)] if found["actions"] else []
     if waiting:
         lines += ["only after a reboot of the host:", *("  " + problem(one).replace("\n", "\n  ") for one in waiting)]
+    if found.get("admissions"):
+        lines.append(admissions(found["admissions"]))
     return "\n".join(lines)
+
+
+def admissions(found: Sequence[Mapping[str, Any]]) -> str:
+    """Who would start, and the memory that decides it."""
+    return "\n".join(["memory:", *(f"  {clean(one['line'])}" for one in found)]) if found else ""
 
 
 def yielded(knob: Mapping[str, Any]) -> str:

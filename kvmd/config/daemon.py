@@ -91,7 +91,12 @@ class History(Table):
     """[history]"""
 
     events: DurationT = key(Duration(90 * 86400), "How long events are kept.", mark="~", example='"90d"')
-    samples: None = later("duration", "How long samples are kept.", mark="~")
+    samples: DurationT = key(
+        Duration(86400),
+        "How long samples of what guests need are kept; statistical admission looks at a day.",
+        mark="~",
+        example='"24h"',
+    )
     max_size: PositiveSize = key(Size(512 << 20), "Of history.db.", mark="~", unit="bytes", example='"512MiB"')
 
 

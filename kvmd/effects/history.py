@@ -1,4 +1,5 @@
-"""Telemetry: events with a cursor and the tuning agent's decisions, in history.db. Never in anybody's way.
+"""Telemetry: events with a cursor, the tuning agent's decisions, samples of what guests need, in history.db. Never in
+anybody's way.
 
 Capped by age and size, committed in batches, deletable at any time: a missing or damaged file is begun anew, and no
 method raises for what the disk does. Nothing may depend on a row being here; what must be known is in state.db.
@@ -14,12 +15,15 @@ import contextlib
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from kvmd.effects.database import Corrupt, NewerSchema, Schema, is_damage, open_database, set_aside, transaction
-from kvmd.effects.records import Decision, Event
+from kvmd.effects.records import Decision, Event, Sample
+from kvmd.facts import Usage
+from kvmd.tuning.usage import summarise
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +41,13 @@ SCHEMA = Schema(
             "CREATE INDEX decision_by_guest ON decision (guest, id)",
             "CREATE INDEX decision_by_time ON decision (time)",
         ),
+        (
+            """CREATE TABLE sample (id INTEGER PRIMARY KEY, time REAL NOT NULL, guest TEXT NOT NULL,
+               demand_bytes INTEGER NOT NULL, overhead_bytes INTEGER) STRICT""",
+            "CREATE INDEX sample_by_time ON sample (time)",
+        ),
     ),
-    tables=frozenset({"event", "decision"}),
+    tables=frozenset({"event", "decision", "sample"}),
 )
 
 
@@ -51,6 +60,8 @@ class History:
         self.dropped = 0  # events and decisions lost because nothing could be written for long
         self._events: deque[Event] = deque()
         self._decisions: deque[Decision] = deque()
+        self._samples: deque[Sample] = deque()
+        self._usage: Mapping[str, Usage] | None = None  # of all samples; None: to be looked up again
         self._db: sqlite3.Connection | None = None
         self._inode: int | None = None
         self._failing = False
@@ -80,9 +91,23 @@ class History:
         self._decisions.append(Decision(time, guest, data))
         self._limit(self._decisions)
 
+    def add_sample(self, sample: Sample) -> None:
+        """Take a sample of a guest; cheap, on disk with the next flush."""
+        self._samples.append(sample)
+        self._limit(self._samples)
+        self._usage = None
+
+    def usage(self, now: float) -> Mapping[str, Usage]:
+        """What each guest was seen to need, from all samples that are kept; looked up once for each round of them."""
+        if self._usage is None:
+            self.flush()
+            sql = "SELECT time, guest, demand_bytes, overhead_bytes FROM sample"
+            self._usage = summarise((Sample(*row) for row in self._all(sql)), now)
+        return self._usage
+
     def flush(self) -> bool:
         """Write what is buffered in one commit. False: it could not be done, the buffer is kept for the next time."""
-        if not self._events and not self._decisions:
+        if not self._events and not self._decisions and not self._samples:
             return True
         if self._db is None or self._was_deleted():
             self._close()
@@ -99,11 +124,16 @@ class History:
                     "INSERT INTO decision (time, guest, data) VALUES (?, ?, ?)",
                     [(d.time, d.guest, d.data) for d in self._decisions],
                 )
+                self._db.executemany(
+                    "INSERT INTO sample (time, guest, demand_bytes, overhead_bytes) VALUES (?, ?, ?, ?)",
+                    [(s.time, s.guest, s.demand_bytes, s.overhead_bytes) for s in self._samples],
+                )
         except sqlite3.Error as error:
             self._fail(error)
             return False
         self._events.clear()
         self._decisions.clear()
+        self._samples.clear()
         self._say_back()
         return True
 
@@ -144,8 +174,9 @@ class History:
         waiting = (d for d in reversed(self._decisions) if guest is None or d.guest == guest)
         return (*waiting, *found)[:limit]
 
-    def prune(self, now: float, max_age_s: float, max_bytes: int) -> bool:
-        """Drop what is older than `max_age_s`, then the oldest until at most `max_bytes` are used. False: not done."""
+    def prune(self, now: float, max_age_s: float, max_bytes: int, samples_s: float | None = None) -> bool:
+        """Drop what is older than `max_age_s`, samples older than `samples_s`, then the oldest until at most
+        `max_bytes` are used. False: not done."""
         self.flush()
         if self._db is None:
             return False
@@ -153,6 +184,8 @@ class History:
             with transaction(self._db):
                 for table in ("event", "decision"):
                     self._db.execute(f"DELETE FROM {table} WHERE time < ?", (now - max_age_s,))
+                self._db.execute("DELETE FROM sample WHERE time < ?", (now - (samples_s or max_age_s),))
+                self._usage = None
             while self._used_bytes() > max_bytes and self._drop_oldest():
                 pass
             # This pragma frees one page per row it returns, and execute() stops at the first row without columns.
@@ -168,7 +201,7 @@ class History:
         assert self._db is not None
         dropped = 0
         with transaction(self._db):
-            for table, key in (("event", "cursor"), ("decision", "id")):
+            for table, key in (("event", "cursor"), ("decision", "id"), ("sample", "id")):
                 count = int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
                 sql = f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} ORDER BY {key} LIMIT ?)"
                 dropped += self._db.execute(sql, (-(-count // _TRIM_SHARE),)).rowcount
@@ -177,6 +210,15 @@ class History:
     def _used_bytes(self) -> int:
         pages, free, size = (self._one(f"PRAGMA {name}") or 0 for name in ("page_count", "freelist_count", "page_size"))
         return (pages - free) * size
+
+    def _all(self, sql: str) -> list[tuple[Any, ...]]:
+        if self._db is None:
+            return []
+        try:
+            return self._db.execute(sql).fetchall()
+        except sqlite3.Error as error:
+            self._fail(error)
+            return []
 
     def _one(self, sql: str) -> int | None:
         if self._db is None:
@@ -191,7 +233,7 @@ class History:
     def _stored_cursor(self) -> int:
         return self._one("SELECT max(cursor) FROM event") or 0
 
-    def _limit(self, buffer: deque[Event] | deque[Decision]) -> None:
+    def _limit(self, buffer: deque[Event] | deque[Decision] | deque[Sample]) -> None:
         if len(buffer) > _BUFFER:
             buffer.popleft()
             self.dropped += 1

@@ -174,6 +174,16 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """What one guest needed at that time: of memory, and its QEMU beside it (None: not measured)."""
+
+    time: float
+    guest: str
+    demand_bytes: int
+    overhead_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What the tuning agent decided about a guest (None: about the host). `data` is the text of a JSON object."""
 

@@ -26,6 +26,14 @@ class ProcessSample:
     run_delay_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a QEMU holds: the guest's memory (in swap too), and everything else with its page tables."""
+
+    guest_bytes: int
+    other_bytes: int
+
+
 class HostSensors:
     """All host sensors. Cheap: a few small files a reading."""
 
@@ -71,6 +79,31 @@ class HostSensors:
             fields = (self.tree.read(f"/proc/{pid}/task/{thread}/schedstat") or "").split()
             delay += int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else 0
         return ProcessSample(rss, delay)
+
+    def footprint(self, pid: int, memory_bytes: int) -> Footprint | None:
+        """What the QEMU of a guest of that size holds, None when it is gone. Walks its page tables: use a thread.
+
+        The guest's memory is what is kept out of core dumps ("dd", proc(5)) and at least half as large as it.
+        """
+        text = self.tree.read(f"/proc/{pid}/smaps")
+        tables = _numbers(self.tree.read(f"/proc/{pid}/status"), kib=True).get("VmPTE", 0)
+        if not text:
+            return None
+        guest = other = 0
+        fields: dict[str, int] = {}
+        for line in text.splitlines():
+            key, _, value = line.partition(":")
+            words = value.split()
+            if key != "VmFlags":
+                if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
+                    fields[key] = int(words[0]) << 10
+                continue
+            if "dd" in words and fields.get("Size", 0) * 2 >= memory_bytes:
+                guest += sum(fields.get(name, 0) for name in ("Rss", "Swap", "Shared_Hugetlb", "Private_Hugetlb"))
+            else:
+                other += fields.get("Pss", 0) + fields.get("SwapPss", 0)
+            fields = {}
+        return Footprint(guest, other + tables)
 
     def ksm(self) -> KsmSample | None:
         """Page merging now, None on a kernel without it."""

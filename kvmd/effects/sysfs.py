@@ -41,6 +41,7 @@ class HostTree(Tree):
             available_bytes=host.get("MemAvailable", host.get("MemFree", 0)),
             swap_total_bytes=host.get("SwapTotal", 0),
             swap_free_bytes=host.get("SwapFree", 0),
+            zram_bytes=_zram_bytes(self.read("/proc/swaps") or ""),
             hugetlb_bytes=host.get("Hugetlb", sum(pool.total * pool.page_bytes for pool in pools)),
             node_total_bytes=node_totals,
             node_free_bytes={node: found["MemFree"] for node, found in nodes.items() if "MemFree" in found},
@@ -112,6 +113,13 @@ def chosen(text: str) -> str:
     _, opened, behind = text.partition("[")
     word, closed, _ = behind.partition("]")
     return word if opened and closed else text
+
+
+def _zram_bytes(swaps: str) -> int:
+    """What of /proc/swaps is zram, by its name."""
+    fields = (line.split() for line in swaps.splitlines())
+    sizes = (f[2] for f in fields if len(f) == 5 and f[0].rpartition("/")[2].startswith("zram"))
+    return sum(int(size) << 10 for size in sizes if size.isdigit())
 
 
 def _meminfo(text: str) -> dict[str, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from kvmd.config.guest import Guest
 from kvmd.errors import Refused
 from kvmd.facts import HugepagePool
-from kvmd.plan.host import page_need
+from kvmd.plan.entry import page_need
 from kvmd.plan.hugepages import PageNeed
 from kvmd.units import CpuSet, Size
 

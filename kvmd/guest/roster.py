@@ -27,7 +27,7 @@ from kvmd.guest.services import Services
 from kvmd.guest.started import started_memory, started_nics, started_nodes, started_pages
 from kvmd.guest.supervisor import Supervisor
 from kvmd.plan import cpus
-from kvmd.plan.host import admit
+from kvmd.plan.entry import Entry
 from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
@@ -242,9 +242,16 @@ class Roster:
         """Refused when the guest does not fit beside those that are alive."""
         tree = self.services.tree
         ours = frozenset(s.status.process.pid for s in self.supervisors.values() if s.status.process)
-        lives = tuple(GuestLife(s.name, alive=s.state in ALIVE, wanted=True) for s in self.supervisors.values())
-        facts = Facts(memory=tree.observe_memory(), lives=lives, foreign_qemu_bytes=tree.foreign_qemu(ours))
-        problem = admit(name, self.services.loaded.desired, facts)
+        others = tuple(s for s in self.supervisors.values() if s.name != name)
+        facts = Facts(
+            memory=tree.observe_memory(),
+            hugepages=tree.observe_hugepages(),
+            lives=tuple(GuestLife(s.name, alive=s.state in ALIVE, wanted=True) for s in others),
+            guests=tuple(guest for guest in self.footing() if guest.name != name),
+            foreign_qemu_bytes=tree.foreign_qemu(ours),
+            usage=self.services.usage(),
+        )
+        problem = Entry(self.services.loaded.desired, facts).problem(name)
         if problem:
             raise Refused(problem.message, hint=problem.hint)
 
@@ -298,6 +305,22 @@ class Roster:
         pending = self.pending(supervisor) if alive else ()
         settling = supervisor.state in (State.STARTING, State.STOPPING)
         return GuestLife(name, alive=alive, wanted=shall, held=held, pending=pending, settling=settling)
+
+    def footing(self) -> tuple[RunningGuest, ...]:
+        """All guests with a QEMU and their memory; their threads are not looked at."""
+        return tuple(found for supervisor in self.supervisors.values() if (found := self._footing(supervisor)))
+
+    def _footing(self, supervisor: Supervisor) -> RunningGuest | None:
+        record, found = supervisor.record, supervisor.status.process
+        if record is None or found is None or supervisor.state not in ALIVE:
+            return None
+        return RunningGuest(
+            name=supervisor.name,
+            uuid=record.uuid,
+            process=found,
+            memory_bytes=int(started_memory(record).get("size", 0)),
+            page_bytes=started_pages(record),
+        )
 
     def running(self, supervisor: Supervisor, workers: threads.Workers | None = None) -> RunningGuest | None:
         """A live guest with all its threads; `workers`: the kernel's threads, when they were listed already."""

@@ -37,7 +37,7 @@ from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
-from kvmd.facts import Process
+from kvmd.facts import EMPTY, Process, Usage
 from kvmd.guest.pages import PageBook
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
@@ -114,6 +114,7 @@ class Services:
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
     provide: Callable[[], Awaitable[str | None]] = _nothing_provided  # the manager's: grows automatic pools
     pages: PageBook = field(default_factory=PageBook)
+    usage: Callable[[], Mapping[str, Usage]] = lambda: EMPTY  # what guests were seen to need; the history's
     fence: Callable[[], Awaitable[None]] = field(default=_no_fence)  # the manager's: HostFailed
     devices: Devices | None = None  # the manager's
     settled: asyncio.Event = field(

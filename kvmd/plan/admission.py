@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvmd.actions import Problem
-from kvmd.facts import Memory
+from kvmd.facts import Memory, Usage
 from kvmd.units import Size
 
 MIB = 1 << 20
@@ -20,6 +20,13 @@ GIB = 1 << 30
 
 OVERHEAD_BASE_BYTES = 256 * MIB  # QEMU itself and its devices, until it is measured
 OVERHEAD_SHARE = 256  # page tables and bitmaps: one byte in 256 of the guest's memory
+MEASURED_SLACK = 1.25  # of what was measured: clients of a display and bursts of I/O come and go
+MEASURED_SAMPLES = 12  # fewer, and the estimate counts
+PAGE_TABLE_SHARE = 512  # 8 bytes for each ordinary page of the guest, at most
+ZRAM_WORTH = 0.5  # of a zram device is RAM gained: 2:1 is what its documentation expects
+DAY_S = 86_400.0
+HISTORY_SPAN_S = 0.9 * DAY_S  # a day of history, and
+HISTORY_SAMPLES = 60  # five hours of running in it, before demand decides
 STATISTICAL_FILL = 0.92  # of the usable memory may be filled by observed demand
 STATISTICAL_NEW = 0.7  # of its size is what a new guest is expected to touch
 SMALLEST_ADVISED_BYTES = 64 * MIB  # a guest cut below this would not be the same guest
@@ -71,6 +78,26 @@ class Candidate:
         return self.overhead + (expected if is_new else max(self.guaranteed_bytes, self.demand_p95_bytes or 0))
 
 
+def measured_overhead(usage: Usage | None, memory_bytes: int, *, in_hugepages: bool) -> int | None:
+    """Overhead from samples, with slack and all the page tables the guest may come to need; None: not known yet."""
+    if usage is None or usage.overhead_bytes is None or usage.samples < MEASURED_SAMPLES:
+        return None
+    tables = 0 if in_hugepages else memory_bytes // PAGE_TABLE_SHARE
+    return int(MEASURED_SLACK * usage.overhead_bytes) + tables
+
+
+def known_demand(usage: Usage | None) -> int | None:
+    """P95 of demand over a day; None while there is less than a day of it."""
+    if usage is None or usage.span_s < HISTORY_SPAN_S or usage.samples < HISTORY_SAMPLES:
+        return None
+    return usage.demand_p95_bytes
+
+
+def swap_bytes(memory: Memory) -> int:
+    """Swap as far as it is room beside RAM: zram takes RAM for what it holds."""
+    return memory.swap_total_bytes - int((1 - ZRAM_WORTH) * memory.zram_bytes)
+
+
 def reserve_bytes(reserve: Size | str, total_bytes: int) -> int:
     """`host.memory.reserve` in bytes: "auto" is 1 GiB and 2 %, on machines below 2 GiB never more than half."""
     if not isinstance(reserve, str):
@@ -83,23 +110,35 @@ def usable_bytes(memory: Memory, *, reserve: int, foreign_qemu_bytes: int = 0) -
     return memory.total_bytes - reserve - memory.hugetlb_bytes - foreign_qemu_bytes
 
 
-def admit(
-    name: str,
-    candidates: Iterable[Candidate],
-    memory: Memory,
-    *,
-    rule: str,
-    reserve: int,
-    swap_factor: float,
-    foreign_qemu_bytes: int = 0,
-) -> Problem | None:
-    """None when guest `name` may run beside the others; all of them, it included, are in `candidates`.
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The sum that decides about one guest: what each side counts, and how the host's side is made up."""
 
-    `reserve` in bytes (`reserve_bytes`), `swap_factor` is the share of swap that counts. The refusal names the rule,
-    the sum and what would make it fit.
-    """
-    guests = tuple(sorted(candidates, key=lambda guest: guest.name))
-    return _Case(name, guests, memory, rule, reserve, foreign_qemu_bytes, swap_factor).problem()
+    guest: str
+    rule: str
+    own_bytes: int
+    others_bytes: int
+    others: int  # guests that run or start before it
+    limit_bytes: int
+    terms: str  # "31 GiB RAM - 1.6 GiB reserve"
+    note: str | None = None  # why another rule than the declared one decided
+    refused: bool = False
+
+    @property
+    def remaining_bytes(self) -> int:
+        """What is left when it runs; negative: so much is missing."""
+        return self.limit_bytes - self.own_bytes - self.others_bytes
+
+    def line(self) -> str:
+        """One line for people."""
+        others = f" + {self.others} other{'' if self.others == 1 else 's'} {_size(self.others_bytes)}"
+        left = self.remaining_bytes
+        verdict = f"{_size(left)} remain" if left >= 0 else f"{_size(-left)} short"
+        note = f"; {self.note}" if self.note else ""
+        return (
+            f"{self.guest} {_size(self.own_bytes)}{others if self.others else ''} of {_size(self.limit_bytes)} "
+            f"({self.terms}): {verdict} (rule {self.rule}{note})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +159,12 @@ class _Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
-    """One question: may `name` run? A changed copy of it is how a piece of advice is tried before it is given."""
+class Case:
+    """One question: may `name` run beside the others? All of them, it included, are in `guests`.
+
+    `reserve` and `foreign` in bytes, `swap_factor` is the share of swap that counts. A changed copy of a case is how a
+    piece of advice is tried before it is given.
+    """
 
     name: str
     guests: tuple[Candidate, ...]
@@ -151,11 +194,26 @@ class _Case:
         if self.asking.is_resident:
             resident = {guest.name: guest.charge_bytes for guest in self.guests if guest.is_resident}
             yield _Verdict("swap_backed for memory that cannot be swapped", resident, self.usable)
-        swap = int(self.swap_factor * self.memory.swap_total_bytes)
+        swap = int(self.swap_factor * swap_bytes(self.memory))
         yield _Verdict(Rule.SWAP_BACKED, charges, self.usable + swap)
         if self.rule == Rule.STATISTICAL and not falls_back(self.rule, self.name, self.guests):
             demands = {guest.name: guest.demand_bytes(is_new=guest.name == self.name) for guest in self.guests}
             yield _Verdict(Rule.STATISTICAL, demands, int(STATISTICAL_FILL * self.usable))
+
+    def account(self) -> Account:
+        found = self.refusal() or max(self._verdicts(), key=lambda verdict: verdict.short)
+        own = found.charges[self.name]
+        return Account(
+            guest=self.name,
+            rule=found.rule,
+            own_bytes=own,
+            others_bytes=found.needed - own,
+            others=len(found.charges) - 1,
+            limit_bytes=found.limit,
+            terms=self._sum(found.rule),
+            note=falls_back(self.rule, self.name, self.guests),
+            refused=found.short > 0,
+        )
 
     def problem(self) -> Problem | None:
         """The refusal in words, with what would change it."""
@@ -182,7 +240,9 @@ class _Case:
         if self.foreign:
             terms += f" - {_size(self.foreign)} other QEMUs"
         if rule == Rule.SWAP_BACKED:
-            terms += f" + {self.swap_factor:g} of {_size(self.memory.swap_total_bytes)} swap"
+            terms += f" + {self.swap_factor:g} of {_size(swap_bytes(self.memory))} swap"
+            if self.memory.zram_bytes:
+                terms += f", half of {_size(self.memory.zram_bytes)} zram in it"
         return f"{STATISTICAL_FILL:.0%} of {terms}" if rule == Rule.STATISTICAL else terms
 
     def _remedies(self, found: _Verdict) -> list[str]:
@@ -190,7 +250,7 @@ class _Case:
         ways = {text: case for text, case in self._changes(found) if case.refusal() is None}
         return list(ways) or ["more memory, or several of: a smaller guest, fewer guests, more swap"]
 
-    def _changes(self, found: _Verdict) -> Iterator[tuple[str, _Case]]:
+    def _changes(self, found: _Verdict) -> Iterator[tuple[str, Case]]:
         asking, is_statistical = self.asking, found.rule == Rule.STATISTICAL
         smaller = _down(asking.memory_bytes - found.short / (STATISTICAL_NEW if is_statistical else 1))
         if not asking.in_hugepages and smaller >= SMALLEST_ADVISED_BYTES:
@@ -213,6 +273,16 @@ class _Case:
         reserve = _down(self.reserve - found.short / (STATISTICAL_FILL if is_statistical else 1))
         if reserve >= SMALLEST_RESERVE_BYTES:
             yield f'memory.reserve = "{Size(reserve)}" in host.toml', replace(self, reserve=reserve)
+
+
+def account(case: Case) -> Account:
+    """The sum that decides: of the rule that refuses the guest, else of the tightest."""
+    return case.account()
+
+
+def admit(case: Case) -> Problem | None:
+    """None when the guest may run; else the refusal, with the rule, the sum and what would make it fit."""
+    return case.problem()
 
 
 def falls_back(rule: str, name: str, candidates: Iterable[Candidate]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvmd.actions import SetHugepages
 from kvmd.plan import admission, ksm
-from kvmd.plan.host import candidate, page_needs
+from kvmd.plan.entry import candidate, page_needs
 from kvmd.plan.hostreport import Finding, HostReport, fail, ok, skip, warn
 from kvmd.plan.hugepages import plan_hugepages
 from kvmd.units import Size

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from kvmd.actions import Action, AnyAction, Disruption, Problem, RemoveBridge, RestartGuest, StartGuest, StopGuest
 from kvmd.config.desired import Desired
-from kvmd.config.guest import Guest
 from kvmd.facts import Facts
 from kvmd.plan import (
     admission,
@@ -30,6 +29,8 @@ from kvmd.plan import (
     units,
     vfio,
 )
+from kvmd.plan.admission import Account
+from kvmd.plan.entry import Entry, growth, page_needs, promised
 from kvmd.plan.yielding import Yielded, give_way
 
 _Part = tuple[tuple[Action, ...], tuple[Problem, ...]]
@@ -42,6 +43,7 @@ class Plan:
     actions: tuple[AnyAction, ...] = ()
     problems: tuple[Problem, ...] = ()
     yielded: tuple[Yielded, ...] = ()
+    admissions: tuple[Account, ...] = ()  # the sum for each guest a pass would start, or refuse to
 
     def split(self, allow: frozenset[Disruption]) -> tuple[tuple[AnyAction, ...], tuple[AnyAction, ...]]:
         """Those that may be done when only `allow` (and nobody) may be disturbed, and those left over."""
@@ -82,13 +84,14 @@ def plan(
     )
     actions = [action for part, _ in parts for action in part]
     problems = [problem for _, found in parts for problem in found]
-    problems += _admissions(desired, facts)
+    sums, refusals = _admissions(desired, facts, growth(actions))
+    problems += refusals
     blocked = frozenset(name for problem in problems for name in problem.guests)
     actions += units.plan_units(desired.guests, facts, prune=prune)
     actions += guests.plan_guests(desired.guests, facts.lives, blocked, prune=prune)
     actions.sort(key=_turn)
     kept, yielded = give_way(actions, ksm.driven(host.ksm), facts, retake=retake)  # type: ignore[arg-type]
-    return Plan(kept, tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))), yielded)
+    return Plan(kept, tuple(sorted(set(problems), key=lambda p: (p.subject, p.message))), yielded, tuple(sums))
 
 
 def _turn(action: Action) -> int:
@@ -113,7 +116,8 @@ def plan_pools(
     host = desired.host
     reserve = admission.reserve_bytes(host.memory.reserve, facts.memory.total_bytes)
     needs = page_needs(desired.guests)
-    return hugepages.plan_hugepages(host.hugepages, needs, facts, reserve=reserve, originals=originals)
+    held = promised(desired, facts)
+    return hugepages.plan_hugepages(host.hugepages, needs, facts, reserve=reserve, promised=held, originals=originals)
 
 
 def _devices(desired: Desired, facts: Facts) -> tuple[_Part, ...]:
@@ -124,66 +128,19 @@ def _devices(desired: Desired, facts: Facts) -> tuple[_Part, ...]:
     return (releases, problems), (pools, pool_problems)
 
 
-def page_needs(declared: Mapping[str, Guest]) -> Mapping[str, hugepages.PageNeed]:
-    """Hugepages of every declared guest that is backed by them."""
-    return {name: need for name, guest in declared.items() if (need := page_need(guest))}
-
-
-def page_need(guest: Guest) -> hugepages.PageNeed | None:
-    """The hugepages of one guest; None when it wants none."""
-    memory, page = guest.memory, guest.memory.hugepage_size
-    if page is None:
-        return None
-    return hugepages.PageNeed(
-        page,
-        -(-memory.size // page),
-        nodes=tuple(sorted(memory.nodes or guest.cpu.nodes or ())),
-        policy=(memory.policy or "bind") if memory.nodes else "preferred",  # beside its vCPUs, if that can be
-        fallback=memory.fallback == "thp",
-    )
-
-
-def candidate(name: str, guest: Guest) -> admission.Candidate:
-    """A declared guest as admission counts it."""
-    return admission.Candidate(
-        name,
-        guest.memory.size,
-        in_hugepages=guest.memory.hugepage_size is not None,
-        locked=guest.memory.lock or bool(guest.passthrough),
-        guaranteed_bytes=guest.memory.guaranteed or 0,
-    )
-
-
-def admit(name: str, desired: Desired, facts: Facts, also: frozenset[str] = frozenset()) -> Problem | None:
-    """May guest `name` run beside all that are alive, and `also` those that will have been started before it?"""
-    counted = {life.name for life in facts.lives if life.alive and life.name in desired.guests} | also | {name}
-    return _admit(name, [candidate(other, desired.guests[other]) for other in counted], desired, facts)
-
-
-def _admit(name: str, counted: list[admission.Candidate], desired: Desired, facts: Facts) -> Problem | None:
-    return admission.admit(
-        name,
-        counted,
-        facts.memory,
-        rule=desired.host.memory.admission,
-        reserve=admission.reserve_bytes(desired.host.memory.reserve, facts.memory.total_bytes),
-        swap_factor=desired.host.memory.swap_factor,
-        foreign_qemu_bytes=facts.foreign_qemu_bytes,
-    )
-
-
-def _admissions(desired: Desired, facts: Facts) -> list[Problem]:
-    """One refusal for each wanted guest that does not fit beside those that start before it."""
+def _starting(desired: Desired, facts: Facts) -> tuple[str, ...]:
+    """Guests that a pass would start, in start order."""
     lives = {life.name: life for life in facts.lives}
-    declared = {name: candidate(name, guest) for name, guest in desired.guests.items()}
-    admitted = [declared[life.name] for life in facts.lives if life.alive and life.name in declared]
-    problems = []
-    for name in guests.start_order(desired.guests):
-        life = lives.get(name)
-        if life and life.wanted and not life.alive and not life.held:
-            problem = _admit(name, [*admitted, declared[name]], desired, facts)
-            if problem:
-                problems.append(problem)
-            else:
-                admitted.append(declared[name])
-    return problems
+    wanted = (lives.get(name) for name in guests.start_order(desired.guests))
+    return tuple(life.name for life in wanted if life and life.wanted and not life.alive and not life.held)
+
+
+def _admissions(desired: Desired, facts: Facts, growing_bytes: int) -> tuple[list[Account], list[Problem]]:
+    """The sum for each wanted guest beside those that start before it, and a refusal for each that does not fit."""
+    entry = Entry(desired, facts, growing_bytes=growing_bytes)
+    sums, problems = [], []
+    for name in _starting(desired, facts):
+        sums.append(entry.account(name))
+        if sums[-1].refused and (problem := entry.problem(name)):
+            problems.append(problem)
+    return sums, problems

@@ -44,12 +44,14 @@ def plan_hugepages(
     facts: Facts,
     *,
     reserve: int,
+    promised: int = 0,
     originals: Mapping[PoolKey, int] = EMPTY,
 ) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
     """Actions that give every declared pool its size (shrinking first), and what cannot be had, with the guests.
 
     `wishes` by page size ("2MiB"), `needs` of all guests that should run, `reserve` in bytes for the host itself,
-    `originals` what each pool held before kvmd first changed it (a pool that is missing there was never changed).
+    `promised` bytes that guests which run may still come to hold outside the pools, `originals` what each pool held
+    before kvmd first changed it (a pool that is missing there was never changed).
     """
     declared = {int(Size.parse(text)): wish for text, wish in wishes.items()}
     wanted = {need.page_bytes for need in needs.values()}
@@ -60,7 +62,7 @@ def plan_hugepages(
         _SizePlan.of(size, declared.get(size), needs, facts, originals)
         for size in sorted(present, key=lambda size: (_is_auto(declared.get(size)), -size))
     ]
-    budget = _Budget.of(facts, reserve, plans)
+    budget = _Budget.of(facts, reserve, promised, plans)
     for plan in plans:
         plan.decide(budget)
         problems += [*plan.problems, *plan.unmet()]
@@ -77,19 +79,20 @@ class _Budget:
 
     total: int
     reserve: int
+    promised: int
     host: int
     nodes: dict[int, int]
 
     @classmethod
-    def of(cls, facts: Facts, reserve: int, plans: Iterable[_SizePlan]) -> _Budget:
+    def of(cls, facts: Facts, reserve: int, promised: int, plans: Iterable[_SizePlan]) -> _Budget:
         memory = facts.memory
         present = sum(pool.total * pool.page_bytes for pool in facts.hugepages)
-        # no more than RAM without the reserve, and no growth beyond what is available now
-        host = min(memory.total_bytes - reserve, present + memory.available_bytes)
+        # no more than RAM without the reserve and what guests have, and no growth beyond what is available now
+        host = min(memory.total_bytes - reserve - promised, present + memory.available_bytes)
         totals = memory.node_total_bytes
         trusted = len(totals) > 1 and sum(totals.values()) >= NODE_TOTALS_TRUSTED * memory.total_bytes
         nodes = {pool.node: totals.get(pool.node, 0) if trusted else memory.total_bytes for pool in facts.hugepages}
-        budget = cls(memory.total_bytes, reserve, host, nodes)
+        budget = cls(memory.total_bytes, reserve, promised, host, nodes)
         for plan in plans:
             for node, floor in plan.floor.items():
                 budget.draw(node, floor * plan.page_bytes)
@@ -104,7 +107,8 @@ class _Budget:
         self.nodes[node] -= amount
 
     def sum(self) -> str:
-        return f"{_human(self.total)} RAM - {_human(self.reserve)} reserve"
+        guests = f" - {_human(self.promised)} of guests that run" if self.promised else ""
+        return f"{_human(self.total)} RAM - {_human(self.reserve)} reserve{guests}"
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
 from kvmd.plan import kernelargs
+from kvmd.plan.admission import Account
 from kvmd.plan.cpumap import GuestSeats, cpu_map
 from kvmd.plan.groups import when
 from kvmd.plan.links import tap_name
@@ -57,6 +58,7 @@ class Methods:
             ("guest.reboot", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reboot),
             ("guest.reset", "operator", results.GuestVerbParams, results.GuestVerbResult, self.guest_reset),
             ("host.plan", "viewer", results.PlanParams, results.Plan, self.host_plan),
+            ("host.admission", "viewer", results.AdmissionParams, results.Admissions, self.host_admission),
             ("host.apply", "admin", results.ApplyParams, results.Applied, self.host_apply),
             ("host.reconcile", "operator", NoParams, results.Applied, self.host_reconcile),
             ("host.release", "admin", results.ReleaseParams, results.Released, self.host_release),
@@ -206,8 +208,14 @@ class Methods:
             actions=tuple(_action(action) for action in plan.actions),
             problems=_problems(plan.problems),
             yielded=_yielded(plan.yielded),
+            admissions=_admissions(plan.admissions),
             faults=_faults(loaded.faults),
         )
+
+    async def host_admission(self, params: results.AdmissionParams, _call: Call) -> results.Admissions:
+        """Whether these guests may start now, one after the other, each with the sum; nothing is started"""
+        await self._manager.guests.refresh()
+        return results.Admissions(admissions=_admissions(await self._manager.admissions(params.names)))
 
     async def host_apply(self, params: results.ApplyParams, call: Call) -> results.Applied:
         """Make host and guests as the files say, within the disruption allowed"""
@@ -362,6 +370,25 @@ def _applied(report: Report) -> results.Applied:
 
 def _threads(guest: GuestSeats) -> tuple[results.ThreadShape, ...]:
     return tuple(results.ThreadShape(name=name, cpus=cpus) for name, cpus in guest.threads)
+
+
+def _admissions(found: Iterable[Account]) -> tuple[results.AdmissionShape, ...]:
+    return tuple(
+        results.AdmissionShape(
+            guest=one.guest,
+            rule=one.rule,
+            own_bytes=one.own_bytes,
+            others_bytes=one.others_bytes,
+            others=one.others,
+            limit_bytes=one.limit_bytes,
+            remaining_bytes=one.remaining_bytes,
+            terms=one.terms,
+            note=one.note,
+            admitted=not one.refused,
+            line=one.line(),
+        )
+        for one in found
+    )
 
 
 def _plain(value: Any) -> Any:

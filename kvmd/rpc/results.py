@@ -180,6 +180,34 @@ class FaultShape(Shape):
     severity: Literal["error", "warning"]
 
 
+class AdmissionShape(Shape):
+    """Whether a guest may start, as a sum: what it and the others count against what the host can back."""
+
+    guest: str
+    rule: str = Field(description="strict, swap_backed or statistical: the one that decides")
+    own_bytes: int
+    others_bytes: int = Field(description="of guests that run, and of those that start before it")
+    others: int
+    limit_bytes: int
+    remaining_bytes: int = Field(description="when it runs; negative: so much is missing")
+    terms: str = Field(description="how the limit is made up")
+    note: str | None = Field(description="why another rule than the declared one decided")
+    admitted: bool
+    line: str = Field(description="all of it for people")
+
+
+class AdmissionParams(Shape):
+    """Guests to be started one after the other."""
+
+    names: tuple[GuestName, ...] = Field(min_length=1, max_length=1000)
+
+
+class Admissions(Shape):
+    """One sum for each guest asked for, in that order; who is refused does not count for the next."""
+
+    admissions: tuple[AdmissionShape, ...]
+
+
 class PlanParams(Shape):
     """Whose plan: of `host.reconcile`, or with `retake` of `host.apply`."""
 
@@ -192,6 +220,7 @@ class Plan(Shape):
     actions: tuple[ActionShape, ...]
     problems: tuple[ProblemShape, ...]
     yielded: tuple[YieldedShape, ...]
+    admissions: tuple[AdmissionShape, ...] = Field(description="of the guests that would be started")
     faults: tuple[FaultShape, ...]
 
 

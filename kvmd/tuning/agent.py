@@ -383,6 +383,11 @@ class Agent:
         if self._logbook.note(entry):
             _log.info("%s", why)
 
+    def demands(self) -> dict[str, int]:
+        """Demand in bytes of every guest whose balloon told its figures lately."""
+        views = self._last.views if self._last else ()
+        return {view.name: int(view.demand_bytes) for view in views if view.used_bytes is not None}
+
     # ---- telling
 
     def status(self) -> dict[str, Any]:

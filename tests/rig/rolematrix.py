@@ -17,6 +17,7 @@ from kvmd.rpc.registry import Call, Follower, Registry
 # A method a viewer may call has one of these verbs; a new one is added here by someone who thought about it.
 LOOKING = frozenset(
     [
+        "admission",
         "capabilities",
         "cpus",
         "discover",

@@ -81,11 +81,32 @@ PROBLEM = {
 KINDS = [
     k for k in (KvmdError, *KvmdError.__subclasses__()) if k.__module__ == "kvmd.errors" and k is not ProtocolFault
 ]
+ADMISSION = {
+    "guest": "web",
+    "rule": "strict",
+    "own_bytes": 1 << 30,
+    "others_bytes": 0,
+    "others": 0,
+    "limit_bytes": 4 << 30,
+    "remaining_bytes": 3 << 30,
+    "terms": "5 GiB RAM - 1 GiB reserve",
+    "note": None,
+    "admitted": True,
+    "line": "web 1 GiB of 4 GiB (5 GiB RAM - 1 GiB reserve): 3 GiB remain (rule strict)",
+}
 VERBS = ("start", "stop", "kill", "reboot", "reset")
 
 
-def plan(*actions: Any, problems: Any = (), yielded: Any = (), faults: Any = ()) -> dict[str, Any]:
-    return {"actions": list(actions), "problems": list(problems), "yielded": list(yielded), "faults": list(faults)}
+def plan(
+    *actions: Any, problems: Any = (), yielded: Any = (), admissions: Any = (), faults: Any = ()
+) -> dict[str, Any]:
+    return {
+        "actions": list(actions),
+        "problems": list(problems),
+        "yielded": list(yielded),
+        "admissions": list(admissions),
+        "faults": list(faults),
+    }
 
 
 def applied(*done: Any, skipped: Any = (), faults: Any = ()) -> dict[str, Any]:
@@ -160,6 +181,18 @@ class TestResults:
             assert (seen.out, seen.err) == ("", "web is running: nothing to do\n")
         else:
             assert seen.out.endswith(f"guest web: {verb}  (asked for; it is running)\n")
+
+    def test_a_dry_start_shows_the_sum_that_decides(
+        self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        known: Any = daemon.answers["guest.show"]
+        stopped = known({"name": "web"}) | {"state": "stopped"}
+        daemon.answers |= {"guest.show": stopped, "host.admission": {"admissions": [ADMISSION]}}
+        assert cli(daemon, "start", "web", "--dry-run") == 0
+        assert daemon.asked("host.admission") == [{"names": ["web"]}]
+        assert capsys.readouterr().out == (
+            f"+ guest web: start  (asked for; it is stopped)\nmemory:\n  {ADMISSION['line']}\n"
+        )
 
     def test_restart_is_stop_and_start(self, daemon: ScriptedDaemon) -> None:
         assert cli(daemon, "restart", "web", "--force") == 0

@@ -2,7 +2,9 @@ import sqlite3
 
 import pytest
 
-from kvmd.effects.history import _BUFFER, History
+from kvmd.effects.database import Schema, open_database
+from kvmd.effects.history import _BUFFER, SCHEMA, History
+from kvmd.effects.records import Sample
 
 NOW = 1_800_000_000.0
 
@@ -177,3 +179,30 @@ def test_without_a_directory_nothing_raises_and_memory_is_bounded(tmp_path, open
     (tmp_path / "none").mkdir()
     assert history.flush() is True
     assert history.events_since(last.cursor - 1) == (last,)
+
+
+def test_samples_are_kept_summed_up_and_forgotten_after_their_time(opened, history):
+    for n in range(20):
+        history.add_sample(Sample(NOW + n, "web", n << 20, 5 << 20 if n else None))
+    history.add_sample(Sample(NOW, "db", 7, None))
+    usage = history.usage(NOW + 100)
+    assert (usage["web"].samples, usage["web"].span_s, usage["web"].demand_p95_bytes) == (20, 100.0, 18 << 20)
+    assert (usage["web"].overhead_bytes, usage["db"].overhead_bytes) == (5 << 20, None)
+    history.close()
+    again = opened()
+    assert again.usage(NOW + 100) == usage
+    assert again.prune(NOW + 20, 1e6, 1 << 30, samples_s=10)
+    assert again.usage(NOW + 100)["web"].samples == 10
+    assert "db" not in again.usage(NOW + 100)
+    assert add(again) in again.events_since(0), "events have their own time"
+
+
+def test_a_history_of_the_first_layout_gets_its_table_of_samples(opened, tmp_path):
+    schema = Schema(SCHEMA.steps[:1], frozenset({"event", "decision"}))
+    first = open_database(tmp_path / "history.db", schema, "NORMAL", check=False)
+    first.execute("INSERT INTO event VALUES (5, 1.0, 'guest.running', 'web', 'root', '{}')")
+    first.close()
+    history = opened()
+    history.add_sample(Sample(NOW, "web", 1))
+    assert history.usage(NOW)["web"].samples == 1
+    assert [event.cursor for event in history.events_since(0)] == [5]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmd.effects.sensors import HostSensors, ProcessSample
+from kvmd.effects.sensors import Footprint, HostSensors, ProcessSample
 
 MEMINFO = """MemTotal:       24684096 kB
 MemFree:        20000000 kB
@@ -117,3 +117,34 @@ def test_this_machine() -> None:
     assert found is not None
     assert 0 < found.available_bytes < found.total_bytes
     assert (HostSensors().rss_bytes(os.getpid()) or 0) > 1 << 20
+
+
+SMAPS = """7f0000000000-7f0010000000 rw-p 00000000 00:00 0
+Size:             262144 kB
+Rss:              100000 kB
+Pss:              100000 kB
+Swap:               2000 kB
+SwapPss:            2000 kB
+VmFlags: rd wr mr mw me dd ac hg
+7f0020000000-7f0020400000 rw-p 00000000 00:00 0
+Size:              16384 kB
+Rss:               16000 kB
+Pss:               16000 kB
+Swap:                  0 kB
+SwapPss:               0 kB
+VmFlags: rd wr mr mw me dd ac
+7f0030000000-7f0030400000 r-xp 00000000 08:01 7  /usr/bin/qemu-system-x86_64
+Size:               8192 kB
+Rss:                4000 kB
+Pss:                1000 kB
+Swap:                  0 kB
+SwapPss:              24 kB
+VmFlags: rd ex mr mw me
+"""
+
+
+def test_what_a_qemu_holds_beside_its_guest(tmp_path: Path) -> None:
+    """The screen's memory is kept out of core dumps as well, and is no memory of the guest's."""
+    sensors = write(tmp_path, {"proc/7/smaps": SMAPS, "proc/7/status": "VmRSS: 1 kB\nVmPTE:\t 500 kB\n"})
+    assert sensors.footprint(7, 256 << 20) == Footprint(102000 << 10, (16000 + 1000 + 24 + 500) << 10)
+    assert sensors.footprint(8, 256 << 20) is None

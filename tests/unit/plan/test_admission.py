@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.actions import Problem
-from kvmd.facts import Memory
-from kvmd.plan.admission import Candidate, admit, falls_back, reserve_bytes, usable_bytes
+from kvmd.facts import Memory, Usage
+from kvmd.plan.admission import (
+    Candidate,
+    Case,
+    account,
+    admit,
+    falls_back,
+    known_demand,
+    measured_overhead,
+    reserve_bytes,
+    usable_bytes,
+)
 from kvmd.units import Size
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -29,16 +39,23 @@ def ask(
     foreign: int = 0,
 ) -> Problem | None:
     """Ask for the first of `guests` beside the others."""
-    memory = Memory(total_bytes=total, swap_total_bytes=swap, hugetlb_bytes=hugetlb)
-    return admit(
-        guests[0].name,
-        guests,
-        memory,
-        rule=rule,
-        reserve=reserve,
-        swap_factor=factor,
-        foreign_qemu_bytes=foreign,
-    )
+    return admit(case(*guests, total=total, swap=swap, hugetlb=hugetlb, rule=rule, reserve=reserve, factor=factor,
+                      foreign=foreign))  # fmt: skip
+
+
+def case(
+    *guests: Candidate,
+    total: int = 16 * GIB,
+    swap: int = 0,
+    zram: int = 0,
+    hugetlb: int = 0,
+    rule: str = "strict",
+    reserve: int = GIB,
+    factor: float = 0.8,
+    foreign: int = 0,
+) -> Case:
+    memory = Memory(total_bytes=total, swap_total_bytes=swap, zram_bytes=zram, hugetlb_bytes=hugetlb)
+    return Case(guests[0].name, guests, memory, rule, reserve, foreign, factor)
 
 
 def guest(name: str, gib: float, **more: bool | int) -> Candidate:
@@ -110,6 +127,46 @@ def test_reserve() -> None:
     assert reserve_bytes(Size.parse("4GiB"), GIB) == 4 * GIB
 
 
+def test_the_sum_is_told_for_who_is_admitted_and_for_who_is_not() -> None:
+    fits = account(case(guest("web", 8), guest("db", 4), rule="swap_backed", swap=5 * GIB, hugetlb=GIB))
+    assert not fits.refused
+    assert (fits.own_bytes, fits.others_bytes, fits.others) == (8 * GIB, 4 * GIB, 1)
+    assert fits.remaining_bytes == 18 * GIB - 12 * GIB
+    assert fits.line() == (
+        "web 8 GiB + 1 other 4 GiB of 18 GiB (16 GiB RAM - 1 GiB reserve - 1 GiB hugepages + 0.8 of 5 GiB swap): "
+        "6 GiB remain (rule swap_backed)"
+    )
+    too_much = account(case(guest("web", 12), guest("db", 4)))
+    assert too_much.refused
+    assert too_much.line().endswith("of 15 GiB (16 GiB RAM - 1 GiB reserve): 1 GiB short (rule strict)")
+    known = guest("db", 4, demand_p95_bytes=8 * GIB)
+    tightest = account(case(guest("web", 4), known, rule="statistical", swap=8 * GIB))
+    assert (tightest.rule, tightest.note) == ("statistical", None), "of the rules that count"
+    blind = account(case(guest("web", 4), guest("db", 4), rule="statistical"))
+    assert blind.rule == "swap_backed"
+    assert "no 24 h of history yet for db: swap_backed decided" in blind.line()
+
+
+def test_zram_counts_half_since_it_takes_ram_for_what_it_holds() -> None:
+    beside = guest("db", 8)
+    web = guest("web", 11)
+    assert ask(web, beside, rule="swap_backed", swap=6 * GIB) is None
+    refused = admit(case(web, beside, rule="swap_backed", swap=6 * GIB, zram=6 * GIB))
+    assert refused is not None
+    assert "+ 0.8 of 3 GiB swap, half of 6 GiB zram in it" in refused.message
+
+
+def test_measured_overhead_and_a_day_of_demand_replace_the_guesses() -> None:
+    seen = Usage(samples=288, span_s=86_000, demand_p95_bytes=GIB, overhead_bytes=80 * MIB)
+    assert measured_overhead(seen, 8 * GIB, in_hugepages=False) == 100 * MIB + 16 * MIB
+    assert measured_overhead(seen, 8 * GIB, in_hugepages=True) == 100 * MIB
+    assert known_demand(seen) == GIB
+    for unknown in (None, replace(seen, samples=11), replace(seen, overhead_bytes=None)):
+        assert measured_overhead(unknown, 8 * GIB, in_hugepages=False) is None
+    for unknown in (None, replace(seen, span_s=70_000), replace(seen, samples=59)):
+        assert known_demand(unknown) is None
+
+
 guests_st = st.lists(
     st.builds(
         Candidate,
@@ -164,6 +221,17 @@ def test_advised_sizes_are_true(guests, host, rule) -> None:  # type: ignore[no-
         assert ask(first, *others, rule=rule, **eased) is None
     if 'admission = "swap_backed"' in problem.hint:
         assert ask(first, *others, rule="swap_backed", **host) is None
+
+
+@given(guests_st, host_st, st.sampled_from(RULES))
+def test_the_sum_says_what_the_refusal_says(guests, host, rule) -> None:  # type: ignore[no-untyped-def]
+    first, *others = guests
+    asked = case(first, *others, rule=rule, **host)
+    found, problem = account(asked), admit(asked)
+    assert found.refused == (problem is not None) == (found.remaining_bytes < 0)
+    assert found == account(case(first, *reversed(others), rule=rule, **host))
+    if problem is not None:
+        assert f"(rule {found.rule})" in problem.message
 
 
 @pytest.mark.parametrize("rule", RULES)

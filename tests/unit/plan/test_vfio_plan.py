@@ -15,7 +15,7 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host
 from kvmd.facts import Facts, GuestLife, HostUse, Iommu, PciDevice
-from kvmd.plan.host import candidate
+from kvmd.plan.entry import candidate
 from kvmd.plan.modules import wanted
 from kvmd.plan.vfio import GIB, memlock_bytes, plan_passthrough, settle
 from kvmd.qemu import defaults
