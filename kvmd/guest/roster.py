@@ -259,7 +259,6 @@ class Roster:
         """Where the guest's threads go, kept for it while it starts. Refused when there is no room."""
         alive = {s.name: s for s in self.supervisors.values() if s.state in ALIVE}
         guest = self.services.guest(name)
-        tree = self.services.tree
         found = cpus.place_guest(
             name,
             self.services.loaded.desired,
@@ -267,11 +266,18 @@ class Roster:
             alive,
             taken={other: has for other, s in alive.items() if (has := self._has(s))},
             nodes={other: started_nodes(s.record) for other, s in alive.items() if s.record and s.vcpu_threads},
-            roomy=cpus.roomy_nodes(guest, tree.observe_memory(), tree.observe_hugepages()) if guest else (),
+            preferred=self._preferred(guest) if guest else (),
         )
         if found:
             self._kept[name] = found.vcpus
         return found
+
+    def _preferred(self, guest: Guest) -> tuple[int, ...]:
+        """NUMA nodes where its memory and its devices are now."""
+        tree = self.services.tree
+        found = (tree.number(f"/sys/bus/pci/devices/{each.pci}/numa_node") for each in guest.hostdev.values())
+        devices = [node for node in found if node is not None and node >= 0]
+        return cpus.preferred_nodes(guest, tree.observe_memory(), tree.observe_hugepages(), devices)
 
     def _has(self, supervisor: Supervisor) -> tuple[CpuSet, ...]:
         """CPUs of a live guest's vCPUs: as they are, as they will be when its start is through, () if unknown."""

@@ -6,7 +6,7 @@ books: what is housekeeping, isolated, dedicated, kept empty beside an isolating
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,10 +102,10 @@ def usable_cpus(topology: CpuTopology) -> CpuSet:
 class Assignment:
     """The CPUs as they are being given away."""
 
-    def __init__(self, topology: CpuTopology, host: HostCpu, roomy: Mapping[str, Collection[int]] = EMPTY) -> None:
-        """`roomy`: nodes on each of which a guest's whole memory would fit now."""
+    def __init__(self, topology: CpuTopology, host: HostCpu, preferred: Mapping[str, Sequence[int]] = EMPTY) -> None:
+        """`preferred`: nodes that are better than others for a guest, best first."""
         self.host = host
-        self.roomy = roomy
+        self.preferred = preferred
         self.usable = usable_cpus(topology)
         self.isolated = CpuSet(topology.isolated & self.usable)
         self.housekeeping = housekeeping_of(topology, host)
@@ -255,13 +255,13 @@ class Assignment:
 
     def _find(self, name: str, wish: CpuWish) -> list[int] | None:
         pools = self._pools(wish)
-        roomy = self.roomy.get(name, frozenset())
-        # first where the guest's memory fits beside it, as long as that takes no more nodes than it must
-        scopes = [CpuSet(pool & self.machine.nodes.get(node, frozenset())) for pool in pools for node in sorted(roomy)]
-        for pool in (*scopes, *pools):
-            found = best_set(self.machine, pool, wish.vcpus, Smt(wish.smt), busy=self._busy())
-            if found is not None:
-                return list(found)
+        nodes = [self.machine.nodes.get(node, frozenset()) for node in self.preferred.get(name, ())]
+        for pool in pools:
+            # first beside its memory and devices, as long as one node holds it whole
+            for scope in (*(pool & there for there in nodes), pool):
+                found = best_set(self.machine, scope, wish.vcpus, Smt(wish.smt), busy=self._busy())
+                if found is not None:
+                    return list(found)
         self._refuse_dedicated(name, wish, pools)
         return None
 

@@ -10,7 +10,7 @@ what becomes of guests that run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvmd.actions import Action, PinGuest, Problem
@@ -34,7 +34,7 @@ __all__ = [
     "place_guest",
     "place_running",
     "plan_pins",
-    "roomy_nodes",
+    "preferred_nodes",
     "taken_by",
 ]
 
@@ -57,15 +57,15 @@ def place_all(
     host: HostCpu,
     *,
     taken: Taken = EMPTY,
-    roomy: Mapping[str, Collection[int]] = EMPTY,
+    preferred: Mapping[str, Sequence[int]] = EMPTY,
 ) -> Placements:
     """Place every guest of `wishes` (those that run or should run).
 
-    `taken`: CPUs that the vCPUs of running guests have now; kept while they obey the rules. `roomy`: NUMA nodes on
-    each of which a guest's memory fits now, preferred for those that are looked for. Manual pins come first, then
-    what runs, then `isolated = "require"`, then the others, each by name.
+    `taken`: CPUs that the vCPUs of running guests have now; kept while they obey the rules. `preferred`: NUMA nodes
+    that are better than others for a guest that is looked for, best first. Manual pins come first, then what runs,
+    then `isolated = "require"`, then the others, each by name.
     """
-    state = Assignment(topology, host, roomy)
+    state = Assignment(topology, host, preferred)
     wishes = {name: _as_it_runs(wish, taken.get(name)) for name, wish in wishes.items()}
     for name in sorted(taken.keys() - wishes.keys()):
         state.respect(taken[name])
@@ -96,10 +96,10 @@ def place(
     host: HostCpu,
     *,
     taken: Taken = EMPTY,
-    roomy: Mapping[str, Collection[int]] = EMPTY,
+    preferred: Mapping[str, Sequence[int]] = EMPTY,
 ) -> Placement | Problem:
     """One guest's placement beside all others of `wishes`, or why it cannot be had."""
-    answer = place_all(wishes, topology, host, taken=taken, roomy=roomy)
+    answer = place_all(wishes, topology, host, taken=taken, preferred=preferred)
     if name in answer.of:
         return answer.of[name]
     return next(problem for problem in answer.problems if name in problem.guests)
@@ -120,32 +120,39 @@ def place_guest(
     *,
     taken: Taken = EMPTY,
     nodes: Mapping[str, CpuSet | None] = EMPTY,
-    roomy: Collection[int] = (),
+    preferred: Sequence[int] = (),
 ) -> Placement | None:
     """Where guest `name` goes beside those that are alive; None when it has no file. Raises Refused with the sum.
 
-    `nodes`: cpu.nodes of the guests that run, as they were started; `roomy`: nodes where this guest's memory fits.
+    `nodes`: cpu.nodes of the guests that run, as they were started; `preferred`: nodes that are better for
+    this one, best first.
     """
     if name not in desired.guests:
         return None
     names = {other for other in alive if other in desired.guests} | {name}
     wishes = {other: _started(CpuWish.of(desired.guests[other]), other, nodes) for other in names}
-    found = place(name, wishes, topology, desired.host.cpu, taken=taken, roomy={name: roomy})
+    found = place(name, wishes, topology, desired.host.cpu, taken=taken, preferred={name: preferred})
     if isinstance(found, Problem):
         raise Refused(found.message, hint=found.hint)
     return found
 
 
-def roomy_nodes(guest: Guest, memory: Memory, pools: Iterable[HugepagePool]) -> frozenset[int]:
-    """Nodes on each of which the guest's whole memory fits now: free pages of its size, else free memory."""
-    page = guest.memory.hugepage_size
+def preferred_nodes(
+    guest: Guest, memory: Memory, pools: Iterable[HugepagePool], devices: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Nodes where the guest would be better than elsewhere, best first: its whole memory fits there now, and its
+    devices are there (`devices`: their nodes); then devices alone, then memory alone.
+
+    Memory fits where there are free pages of its size, or free memory, and where memory.nodes lets it be.
+    """
+    page, size = guest.memory.hugepage_size, guest.memory.size
     if page:
-        return frozenset(
-            pool.node
-            for pool in pools
-            if pool.page_bytes == page and (pool.free - pool.reserved) * page >= guest.memory.size
-        )
-    return frozenset(node for node, free in memory.node_free_bytes.items() if free >= guest.memory.size)
+        free = {pool.node: (pool.free - pool.reserved) * page for pool in pools if pool.page_bytes == page}
+    else:
+        free = dict(memory.node_free_bytes)
+    allowed = guest.memory.nodes
+    fits = {node for node, there in free.items() if there >= size and (allowed is None or node in allowed)}
+    return tuple(sorted(fits | set(devices), key=lambda node: (node not in devices, node not in fits, node)))
 
 
 def plan_pins(guests: Mapping[str, Guest], host: Host, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:

@@ -67,7 +67,8 @@ def kernel_arguments(desired: Desired, facts: Facts, also: Iterable[KernelWord] 
     """`also`: words that other planners ask for (an IOMMU's)."""
     ours = {word.partition("=")[0] for word in parse_drop_in(facts.boot.drop_in or "")}
     isolated, whose = _to_isolate(desired, facts)
-    words = [*_cpu_words(isolated, whose, ours, desired, facts), *_page_words(desired, facts.boot), *also]
+    words = [*_cpu_words(isolated, whose, ours, desired, facts), *_page_words(desired, facts.boot)]
+    words += [*_iommu_words(desired, facts), *also]
     clashing = [word for word in words if not word.enough and word.present is not None and word.key not in ours]
     problems = [
         Problem(
@@ -279,6 +280,18 @@ def _page_words(desired: Desired, line: BootLine) -> list[KernelWord]:
             enough=given >= count,
         )
     ]
+
+
+def _iommu_words(desired: Desired, facts: Facts) -> list[KernelWord]:
+    """Intel's IOMMU is off unless asked for; AMD's is on where the firmware has it on."""
+    guests = sorted(name for name, guest in desired.guests.items() if guest.passthrough)
+    if not guests or facts.iommu.vendor != "intel":
+        return []
+    line = facts.boot.words()
+    present = _word("intel_iommu", line)
+    on = line.get("intel_iommu", "").startswith("on")
+    why = f"{', '.join(guests[:3])} {'has a device' if len(guests) == 1 else 'have devices'} of the host"
+    return [KernelWord("intel_iommu", "intel_iommu=on", present, why, enough=on or facts.iommu.groups > 0)]
 
 
 def _word(key: str, line: Mapping[str, str]) -> str | None:

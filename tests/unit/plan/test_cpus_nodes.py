@@ -15,7 +15,7 @@ from kvmd.config.guest import Guest
 from kvmd.config.host import Host, HostCpu
 from kvmd.errors import Refused
 from kvmd.facts import CpuTopology, Facts, GuestLife, HugepagePool, Memory, Process, RunningGuest, Thread
-from kvmd.plan.cpus import CpuWish, place, place_all, place_guest, plan_pins, roomy_nodes
+from kvmd.plan.cpus import CpuWish, place, place_all, place_guest, plan_pins, preferred_nodes
 from kvmd.units import CpuSet
 from tests.rig.hosts import GIB, MIB, topology
 
@@ -96,16 +96,16 @@ def test_a_running_guest_stays_on_the_nodes_of_its_memory_until_it_is_restarted(
 def test_a_dedicated_guest_goes_where_its_memory_fits() -> None:
     memory = Memory(node_free_bytes={0: 2 * GIB, 1: 40 * GIB})
     big = guest(size="8GiB", vcpus=2, placement="dedicated")
-    assert roomy_nodes(big, memory, ()) == {1}
+    assert preferred_nodes(big, memory, ()) == (1,)
     desired = Desired(guests={"big": big})
-    found = place_guest("big", desired, TWO, [], roomy=roomy_nodes(big, memory, ()))
+    found = place_guest("big", desired, TWO, [], preferred=preferred_nodes(big, memory, ()))
     assert found
     assert found.nodes == (1,)
-    kept = place_guest("big", desired, TWO, ["big"], taken={"big": (CpuSet([2]), CpuSet([3]))}, roomy=[1])
+    kept = place_guest("big", desired, TWO, ["big"], taken={"big": (CpuSet([2]), CpuSet([3]))}, preferred=[1])
     assert kept
     assert kept.nodes == (0,), "what runs stays"
     wide = Desired(guests={"big": guest(size="8GiB", vcpus=8, placement="dedicated")})
-    over = place_guest("big", wide, TWO, [], roomy=[1])
+    over = place_guest("big", wide, TWO, [], preferred=[1])
     assert over
     assert over.nodes == (0, 1), "a preference: no node holds it"
 
@@ -118,7 +118,20 @@ def test_pages_of_the_guests_size_count_when_it_wants_them() -> None:
         HugepagePool(2, 1 << 30, 4, 4),
         HugepagePool(3, 2 * MIB, 64, 40, reserved=9),
     )
-    assert roomy_nodes(huge, Memory(node_free_bytes={0: GIB, 7: GIB}), pools) == {1}
+    assert preferred_nodes(huge, Memory(node_free_bytes={0: GIB, 7: GIB}), pools) == (1,)
+
+
+def test_devices_come_before_memory_and_both_before_either() -> None:
+    memory = Memory(node_free_bytes={0: 9 * GIB, 1: 9 * GIB, 2: GIB, 3: 9 * GIB})
+    big = guest(size="8GiB")
+    assert preferred_nodes(big, memory, (), [1, 2]) == (1, 2, 0, 3)
+    kept = Guest.model_validate({"memory": {"size": "8GiB", "nodes": "3"}})
+    assert preferred_nodes(kept, memory, (), [1]) == (1, 3)
+    isolated = topology(nodes=2, cores=4, isolated=[2, 3])
+    wants = Desired(guests={"a": guest(vcpus=2, placement="dedicated")})
+    found = place_guest("a", wants, isolated, [], preferred=[1])
+    assert found
+    assert found.cpus == CpuSet([2, 3]), "isolated CPUs were asked for, a node was not"
 
 
 # ---- every thread ---------------------------------------------------------------------------------------------------

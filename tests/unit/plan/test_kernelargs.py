@@ -14,7 +14,7 @@ from kvmd.config.desired import Desired
 from kvmd.config.guest import Guest
 from kvmd.config.host import Host
 from kvmd.errors import NotSupported, Refused
-from kvmd.facts import BootLine, CpuTopology, Facts, Process, RunningGuest
+from kvmd.facts import BootLine, CpuTopology, Facts, Iommu, Process, RunningGuest
 from kvmd.plan.kernelargs import DROP_IN, asked_for, kernel_arguments, parse_drop_in, plan_kernel_args
 from kvmd.plan.release import plan_release
 from kvmd.units import CpuSet
@@ -117,6 +117,20 @@ def test_pages_of_1_gib_are_best_had_at_boot(
     wants = desired({"hugepages": {"1GiB": pool, "2MiB": {"pages": 9}}}, big=Guest.model_validate(huge))
     (word,) = kernel_arguments(wants, booted(EIGHT, cmdline)).words
     assert (word.wanted, word.present, word.enough) == (wanted, present, enough)
+
+
+def test_passthrough_wants_an_iommu() -> None:
+    given = Guest.model_validate({"memory": {"size": "1GiB"}, "hostdev": {"gpu": {"pci": "0000:3b:00.0"}}})
+    for iommu, cmdline, enough in (
+        (Iommu(0, "intel"), "", False),
+        (Iommu(9, "intel"), "", True),
+        (Iommu(0, "intel"), "intel_iommu=on,sm_on", True),
+        (Iommu(0, "intel"), "intel_iommu=off", False),
+    ):
+        facts = replace(booted(EIGHT, cmdline), iommu=iommu)
+        (word,) = kernel_arguments(desired(a=given), facts).words
+        assert (word.wanted, word.enough) == ("intel_iommu=on", enough)
+    assert kernel_arguments(desired(a=given), replace(booted(EIGHT, ""), iommu=Iommu(0, "amd"))).words == ()
 
 
 # ---- the drop-in ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""CPUs that a start was promised stay its own until it is through, whatever the host looks like meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from kvmd.config.desired import Desired, Loaded
+from kvmd.config.guest import Guest
+from kvmd.errors import Refused
+from kvmd.guest.lifecycle import State
+from kvmd.guest.roster import Roster
+from kvmd.units import CpuSet
+from tests.rig.hosts import load
+
+DEDICATED = {"cpu": {"vcpus": 2, "placement": "dedicated"}, "memory": {"size": "20GiB"}}
+
+
+def starting(name: str, state: State = State.STARTING) -> Any:
+    return SimpleNamespace(name=name, state=state, vcpu_threads=(), record=None, status=SimpleNamespace(process=None))
+
+
+def roster_of(root: Path, *names: str) -> Roster:
+    """Two nodes of 8 CPUs; guests of these names are declared and on their way up."""
+    guests = {name: Guest.model_validate(DEDICATED) for name in names}
+    loaded = Loaded(desired=Desired(guests=guests))
+    services = SimpleNamespace(tree=load("synthetic-node-without-memory", root), loaded=loaded, guest=guests.get)
+    roster = Roster(cast(Any, services), cast(Any, None))
+    roster.supervisors = {name: starting(name) for name in names}
+    return roster
+
+
+def free_memory(root: Path, **gib: int) -> None:
+    for node, free in gib.items():
+        path = root / f"sys/devices/system/node/{node}/meminfo"
+        number = node.removeprefix("node")
+        path.write_text(f"Node {number} MemTotal: {64 << 20} kB\nNode {number} MemFree: {free << 20} kB\n")
+
+
+def place(roster: Roster, name: str) -> CpuSet:
+    found = roster.services.place(name)
+    assert found is not None
+    return found.cpus
+
+
+def test_two_starts_at_once_get_different_cpus_and_keep_them(tmp_path: Path) -> None:
+    roster = roster_of(tmp_path, "a", "z")
+    free_memory(tmp_path, node0=2, node1=40)
+    promised = place(roster, "z")
+    assert promised == CpuSet([10, 11]), "where its memory fits"
+    free_memory(tmp_path, node0=40, node1=2)  # z's memory was taken meanwhile
+    assert not place(roster, "a") & promised
+    assert place(roster, "z") == promised, "its memory is there already"
+
+
+def test_a_promise_ends_with_its_start(tmp_path: Path) -> None:
+    roster = roster_of(tmp_path, "a", "z")
+    free_memory(tmp_path, node0=2, node1=40)
+    assert place(roster, "z") == CpuSet([10, 11])
+    roster.supervisors["z"] = starting("z", State.FAILED)
+    roster.touch("z")
+    free_memory(tmp_path, node0=40, node1=2)
+    roster.supervisors["z"] = starting("z")
+    assert place(roster, "z") == CpuSet([4, 5]), "looked for anew; 2-3 are kept for a, whose start was first"
+
+
+def test_without_room_the_start_is_refused_with_the_sum(tmp_path: Path) -> None:
+    roster = roster_of(tmp_path, *"abcdefg")
+    for name in "abcdef":
+        place(roster, name)
+    with pytest.raises(Refused, match="g wants 2 dedicated CPUs, 0 are left"):
+        roster.services.place("g")
