@@ -60,6 +60,11 @@ class Interrupt:
     fixed: bool = False  # the kernel lets nobody change it
 
     @property
+    def arrives(self) -> CpuSet:
+        """CPUs it interrupts: where it does arrive, else where it may."""
+        return self.affinity if self.effective is None else self.effective
+
+    @property
     def is_guests(self) -> bool:
         """Of a device that was given to a guest."""
         return self.device.startswith("vfio")

@@ -52,6 +52,8 @@ def draw(found: Mapping[str, Any], *, on: bool = False) -> str:
     lines = [render.table(heads, rows, colours=colours, on=on)]
     if found["guests"]:
         lines += ["", _guests(found["guests"], on=on)]
+    if found["interrupts"]:
+        lines += ["", _interrupts(found["interrupts"])]
     for problem in found["problems"]:
         lines += ["", f"! {render.clean(problem['subject'])}: {render.clean(problem['message'])}"]
         if problem["hint"]:
@@ -105,6 +107,21 @@ def _guests(found: Sequence[Mapping[str, Any]], *, on: bool) -> str:
             [guest["name"], guest["placement"] or "-", _each(guest["vcpus"]), " and ".join(others) or "-", state]
         )
     return render.table(("GUEST", "PLACEMENT", "VCPUS ON", "THE REST ON", "STATE"), rows, colours=colours, on=on)
+
+
+def _interrupts(found: Sequence[Mapping[str, Any]]) -> str:
+    """By the CPUs they arrive at: hundreds of them are a few lines."""
+    at: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for each in found:
+        at.setdefault((each["arrives"], each["kept"]), []).append(each)
+    rows = []
+    for (cpus_, kept), group in sorted(
+        at.items(), key=lambda item: (min(CpuSet.parse(item[0][0]), default=-1), item[0][1])
+    ):
+        devices = sorted({each["device"] for each in group})
+        shown = ", ".join(devices[:3]) + (f" and {len(devices) - 3} more" if len(devices) > 3 else "")
+        rows.append((cpus_, str(CpuSet(each["number"] for each in group)), shown, "the kernel's" if kept else "-"))
+    return render.table(("ARRIVE AT", "INTERRUPTS", "DEVICES", "KEPT"), rows)
 
 
 def _each(vcpus: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from kvmd.config.desired import Desired
 from kvmd.facts import Facts, RunningGuest
 from kvmd.plan.assignment import CpuWish, Placement
 from kvmd.plan.cpus import place_running
+from kvmd.plan.interrupts import plan_interrupts
 from kvmd.units import CpuSet
 
 
@@ -45,12 +46,24 @@ class GuestSeats:
 
 
 @dataclass(frozen=True, slots=True)
+class IrqSeat:
+    """One interrupt that some device uses, looked at while cpu.irq_affinity asks for it."""
+
+    number: int
+    device: str
+    cpus: str  # where it may arrive
+    arrives: str  # where it does
+    kept: bool  # the kernel lets nobody move it
+
+
+@dataclass(frozen=True, slots=True)
 class CpuMap:
     """The answer to `host cpus`."""
 
     housekeeping: str
     cpus: tuple[Seat, ...]
     guests: tuple[GuestSeats, ...]
+    interrupts: tuple[IrqSeat, ...]
     problems: tuple[Problem, ...]
 
 
@@ -89,7 +102,11 @@ def cpu_map(desired: Desired, facts: Facts) -> CpuMap:
             _guest(guest, desired, placements.of.get(guest.name))
             for guest in sorted(facts.guests, key=lambda guest: guest.name)
         ),
-        problems=placements.problems,
+        interrupts=tuple(
+            IrqSeat(each.number, each.device, str(each.affinity), str(each.arrives), each.fixed)
+            for each in facts.interrupts
+        ),
+        problems=(*placements.problems, *plan_interrupts(placements, desired.host, facts)[1]),
     )
 
 

@@ -89,18 +89,23 @@ def _rival(facts: Facts, rest: CpuSet) -> Problem | None:
 
 
 def _stuck(facts: Facts, owned: CpuSet) -> tuple[Problem, ...]:
-    """Interrupts the kernel keeps on a guest's own CPUs."""
-    stuck = [
-        each
-        for each in facts.interrupts
-        if each.fixed and not each.is_guests and (each.affinity if each.effective is None else each.effective) & owned
-    ]
-    if not stuck:
-        return ()
-    numbers = CpuSet(each.number for each in stuck)
-    devices = sorted({each.device for each in stuck})
+    """Interrupts that arrive at a guest's own CPUs although they shall not."""
+    there = [each for each in facts.interrupts if not each.is_guests and each.arrives & owned]
+    managed = [each for each in there if each.fixed]
+    moving = [each for each in there if not each.fixed and not each.affinity & owned]
+    found = []
+    if managed:
+        hint = "they fire for I/O that was asked for there; isolcpus=managed_irq,... keeps them away where it can"
+        found.append(_arriving(managed, owned, "the kernel manages them itself", hint))
+    if moving:
+        hint = "nothing is to be done: one that never fires disturbs nobody"
+        found.append(_arriving(moving, owned, "each moves when it fires next", hint))
+    return tuple(found)
+
+
+def _arriving(interrupts: list[Interrupt], owned: CpuSet, why: str, hint: str) -> Problem:
+    numbers = CpuSet(each.number for each in interrupts)
+    devices = sorted({each.device for each in interrupts})
     shown = ", ".join(devices[:3]) + (f" and {len(devices) - 3} more" if len(devices) > 3 else "")
-    where = CpuSet(cpu for each in stuck for cpu in (each.effective or each.affinity) if cpu in owned)
-    message = f"interrupts {numbers} ({shown}) arrive at CPUs {where} of guests: the kernel manages them itself"
-    hint = "they fire for I/O that was asked for there; isolcpus=managed_irq,... keeps them away where it can"
-    return (Problem("interrupts", message, hint),)
+    where = CpuSet(cpu for each in interrupts for cpu in each.arrives & owned)
+    return Problem("interrupts", f"interrupts {numbers} ({shown}) arrive at CPUs {where} of guests: {why}", hint)

@@ -246,6 +246,7 @@ class Methods:
             guests=tuple(
                 results.GuestCpus.model_validate(asdict(guest) | {"threads": _threads(guest)}) for guest in found.guests
             ),
+            interrupts=tuple(results.IrqShape.model_validate(asdict(each)) for each in found.interrupts),
             problems=_problems(found.problems),
         )
 

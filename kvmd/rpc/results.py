@@ -330,12 +330,23 @@ class GuestCpus(Shape):
     placed: bool
 
 
+class IrqShape(Shape):
+    """One interrupt of a device: where it may arrive and where it does."""
+
+    number: int
+    device: str
+    cpus: str
+    arrives: str
+    kept: bool = Field(description="the kernel lets nobody move it")
+
+
 class HostCpus(Shape):
     """Who sits where."""
 
     housekeeping: str
     cpus: tuple[CpuShape, ...]
     guests: tuple[GuestCpus, ...]
+    interrupts: tuple[IrqShape, ...] = Field(description="read while cpu.irq_affinity is housekeeping")
     problems: tuple[ProblemShape, ...]
 
 

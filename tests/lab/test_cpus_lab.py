@@ -61,6 +61,13 @@ def boot_sector(lab: Lab, name: str) -> None:
     lab.check(f"printf '\\372\\364\\353\\375' | dd of={IMAGES}/{name}.img conv=notrunc status=none")
 
 
+def end(lab: Lab, *names: str) -> None:
+    """Kill them, and have systemd forget that they ended so: it takes a moment to unload a unit."""
+    for name in names:
+        lab.run(["kvmd-cli", "kill", name], timeout_s=60)
+    lab.run("systemctl reset-failed 'kvmd-guest@*'")
+
+
 def cpus(host: LabHost) -> Any:
     return host.cli("host", "cpus")
 
@@ -81,6 +88,7 @@ def host(lab: Lab) -> Iterator[LabHost]:
         found.apply()
         lab.check("kvmd-cli start own", timeout_s=120)
         yield found
+        end(lab, "own")
 
 
 def test_who_sits_where(host: LabHost) -> None:
@@ -125,8 +133,15 @@ def test_interrupts_stay_on_housekeeping_but_for_those_the_kernel_manages(host: 
     assert moved, shown
     assert numbers - moved <= held, (numbers, moved, held)
     assert held, "NVMe has a queue for each CPU, and keeps them"
+    told = " ".join(problem["message"] for problem in host.plan()["problems"])
+    (own,) = host.show("own")["placement"]["vcpus"]
     for number in moved:
-        assert CpuSet.parse(files[number].get("effective_affinity_list", "")) <= CpuSet([0]), files[number]
+        # one that has not fired since still has its old place, which is told where a guest's own CPU is meant
+        arrives = CpuSet.parse(files[number].get("effective_affinity_list", ""))
+        assert int(own) not in arrives or "moves when it fires next" in told, files[number]
+    assert any(CpuSet.parse(files[number].get("effective_affinity_list", "")) == CpuSet([0]) for number in moved)
+    shown_to_people = host.cli("host", "cpus")["interrupts"]
+    assert {str(each["number"]) for each in shown_to_people if each["kept"]} >= held
     assert int(host.lab.check("cat /proc/irq/default_smp_affinity").replace(",", ""), 16) == 1
 
 
@@ -196,6 +211,7 @@ def numa(lab_numa: Lab) -> Iterator[LabHost]:
         for name in ("far", "near", "lone"):
             lab_numa.check(f"kvmd-cli start {name}", timeout_s=120)
         yield found
+        end(lab_numa, "far", "near", "lone")
 
 
 def test_vcpus_and_memory_stay_on_the_named_nodes(numa: LabHost) -> None:

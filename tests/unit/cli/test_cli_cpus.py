@@ -30,7 +30,7 @@ def answer(**more: Any) -> dict[str, Any]:
         cpu(2, 2), cpu(6, 2), cpu(3, 3), cpu(7, 3),
         cpu(8, 8, node=1, l3=8), cpu(9, None, "offline"), cpu(10, None, "offline"),
     ]  # fmt: skip
-    return {"housekeeping": "0,4", "cpus": cpus, "guests": [], "problems": [], **more}
+    return {"housekeeping": "0,4", "cpus": cpus, "guests": [], "interrupts": [], "problems": [], **more}
 
 
 def test_the_table() -> None:
@@ -71,3 +71,15 @@ def test_guests_and_problems() -> None:
     assert "! guest big: wants 9\n  cpu.vcpus = 4" in draw(found)
     assert "\x1b" not in draw(found)
     assert "\x1b[31mrefused" in draw(found, on=True)
+
+
+def test_interrupts_by_where_they_arrive() -> None:
+    def irq(number: int, arrives: str, *, kept: bool = False) -> dict[str, Any]:
+        return {"number": number, "device": f"eth0-{number}", "cpus": "0-7", "arrives": arrives, "kept": kept}
+
+    found = answer(interrupts=[irq(24, "0"), irq(25, "0"), irq(26, "0"), irq(27, "0"), irq(40, "2", kept=True)])
+    assert [line.split() for line in draw(found).splitlines()[-3:]] == [
+        ["ARRIVE", "AT", "INTERRUPTS", "DEVICES", "KEPT"],
+        ["0", "24-27", "eth0-24,", "eth0-25,", "eth0-26", "and", "1", "more", "-"],
+        ["2", "40", "eth0-40", "the", "kernel's"],
+    ]

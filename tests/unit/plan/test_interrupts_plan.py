@@ -84,6 +84,20 @@ def test_an_interrupt_that_stays_on_a_guests_cpu_is_told() -> None:
     ]
 
 
+def test_one_that_was_moved_and_has_not_fired_since_still_arrives_there() -> None:
+    running = RunningGuest("web", "u", Process(7, 7), 1 << 30, affinity=("1", "2"))
+    interrupts = (
+        irq(31, "0", effective=CpuSet([2])),
+        irq(32, "0", effective=CpuSet([3])),
+        irq(33, "0-7", effective=CpuSet([2])),
+    )
+    lines, problems = planned(Facts(cpus=TWO, guests=(running,), interrupts=interrupts), guests=WEB)
+    assert lines == ["~ /proc/irq/33/smp_affinity_list: 0-7 -> 0,4"]
+    assert [text.split(" | ")[0] for text in problems] == [
+        "interrupts 31 (eth0-31) arrive at CPUs 2 of guests: each moves when it fires next"
+    ]
+
+
 @pytest.mark.parametrize(
     ("banned", "isolated", "told"),
     [
