@@ -180,6 +180,8 @@ def _claims(guest: Guest) -> Iterator[_Claim]:
     for name, nic in guest.nic.items():
         if nic.mac is not None:
             yield _Claim("MAC address", nic.mac, ("nic", name, "mac"))
+        if nic.ifname is not None:
+            yield _Claim("TAP", nic.ifname, ("nic", name, "ifname"))
         for key, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
             if address is not None and nic.network is not None:
                 yield _Claim("address", (nic.network, address), ("nic", name, key))

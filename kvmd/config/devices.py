@@ -12,6 +12,7 @@ from kvmd.config.scalars import (
     DiskSerial,
     GuestName,
     Hostfwd,
+    Interface,
     Ipv4,
     Ipv4Network,
     Ipv6,
@@ -163,13 +164,14 @@ class Nic(Table):
     network: GuestName | None = key(
         None, "networks.d/NETWORK.toml to be plugged into.", mark="!", classic="-net tap", example='"lan"'
     )
-    type: Literal["user", "vf"] | None = key(
+    type: Literal["user", "tap", "bridge", "vf"] | None = key(
         None,
-        'Instead of `network`: "user" is NAT inside QEMU, "vf" a virtual function of a NIC of the host.',
+        'Instead of `network`: "user" is NAT inside QEMU, "tap" a TAP that a script, helper or you plug in, "bridge" a'
+        ' port of `br`, "vf" a virtual function of a NIC of the host.',
         mark="!",
         classic="-net user",
         example='"user"',
-        later_values=("tap", "bridge", "hub", "macvtap", "vhost-user", "passt"),
+        later_values=("hub", "macvtap", "vhost-user", "passt"),
     )
     hub: None = later("number", "Hub inside the guest's QEMU.", classic="-net vlan=")
     model: QemuWord = key("virtio", "The device.", mark="!", classic="-net nic,model=", needs="device of that name")
@@ -230,16 +232,67 @@ class Nic(Table):
     )
     tftp: None = later("absolute path", 'type = "user": built-in TFTP server.', mark="!", classic="-net user,tftp=")
     restrict: bool = key(False, 'type = "user": no way out of the guest.', mark="!", classic="-net user,restrict=")
-    ifname: None = later("interface name", 'type = "tap".', mark="!", classic="-net tap,ifname=")
-    fd: None = later("number", 'type = "tap".', mark="!", classic="-net tap,fd=")
-    script: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,script=")
-    downscript: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,downscript=")
-    helper: None = later("absolute path", 'type = "tap".', mark="!", classic="-net tap,helper=")
-    sndbuf: None = later("size", 'type = "tap".', mark="!", classic="-net tap,sndbuf=")
-    vnet_hdr: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vnet_hdr=")
-    vhost: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vhost=")
-    vhostfd: None = later("number", 'type = "tap".', mark="!", classic="-net tap,vhostfd=")
-    vhostforce: None = later("boolean", 'type = "tap".', mark="!", classic="-net tap,vhostforce=")
+    br: Interface | None = key(
+        None,
+        'type = "bridge": the bridge to be plugged into; type = "tap": what `helper` is told.',
+        mark="!",
+        classic="-net bridge,br=",
+        example='"br0"',
+        default_text="br0",
+    )
+    ifname: Interface | None = key(
+        None,
+        'type = "tap": the TAP\'s name. One that is there and free is used as it is; else it is made.',
+        mark="!",
+        classic="-net tap,ifname=",
+        example='"tap7"',
+        default_text="a name of kvmd's",
+    )
+    fd: int | None = key(None, "Refused: a number means nothing to a daemon.", mark="!", classic="-net tap,fd=")
+    script: Path | None = key(
+        None,
+        "type = \"tap\": program of root's that kvmd runs with the TAP's name once it is there.",
+        mark="!",
+        classic="-net tap,script=",
+        example='"/etc/qemu-ifup"',
+    )
+    downscript: Path | None = key(
+        None,
+        'type = "tap": the same once the guest has ended, however it did.',
+        mark="!",
+        classic="-net tap,downscript=",
+        example='"/etc/qemu-ifdown"',
+    )
+    helper: Path | None = key(
+        None,
+        'type = "tap" or "bridge": program of root\'s that makes the TAP, as qemu-bridge-helper does.',
+        mark="!",
+        classic="-net tap,helper=",
+        example='"/usr/lib/qemu/qemu-bridge-helper"',
+    )
+    sndbuf: PositiveSize | None = key(
+        None,
+        "Of the TAP: what a guest may have on its way out before it has to wait.",
+        mark="!",
+        classic="-net tap,sndbuf=",
+        example='"1MiB"',
+        default_text="no limit",
+    )
+    vnet_hdr: bool = key(
+        True, 'type = "tap": offloads pass between guest and host.', mark="!", classic="-net tap,vnet_hdr="
+    )
+    vhost: bool | None = key(
+        None,
+        "The kernel moves the packets instead of QEMU; true: or the guest does not start.",
+        mark="!",
+        classic="-net tap,vhost=",
+        default_text="where /dev/vhost-net and a virtio card are there",
+        example="true",
+    )
+    vhostfd: int | None = key(None, "Refused, as fd.", mark="!", classic="-net tap,vhostfd=")
+    vhostforce: bool = key(
+        False, "vhost also for a guest whose card has no MSI-X vectors.", mark="!", classic="-net tap,vhostforce="
+    )
     interface: None = later("interface name", 'type = "macvtap": the NIC below.', mark="!")
     macvtap_mode: None = later("text", 'type = "macvtap".', mark="!")
     pool: PoolName | None = key(
@@ -254,6 +307,11 @@ class Nic(Table):
         mark="!",
         example='"0000:3b:02.1"',
     )
+
+    @property
+    def has_tap(self) -> bool:
+        """Whether a TAP of the host is its other end."""
+        return self.network is not None or self.type in ("tap", "bridge")
 
 
 class Hostdev(Table):

@@ -13,6 +13,7 @@ from kvmd.config.diskrules import disk_rules
 from kvmd.config.faults import Complaint, twice
 from kvmd.config.guest import Guest
 from kvmd.config.host import PAGE_SIZES, Host
+from kvmd.config.tap_rules import tap_rules
 from kvmd.units import MAX_CPU, Duration, Size
 
 _MIB = 1 << 20
@@ -189,6 +190,7 @@ def _start(guest: Guest) -> Iterator[Complaint]:
 
 def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
     yield from _virtual_function(path, nic)
+    yield from tap_rules(path, nic)
     if nic.network is None and nic.type is None:
         yield Complaint(path, "needs network", 'network = "NAME", or type = "user"')
     if nic.network is not None and nic.type is not None:
@@ -216,8 +218,8 @@ def _nic(path: tuple[str, ...], nic: Nic, vcpus: int) -> Iterator[Complaint]:
     ):
         if given and not nic.model.startswith("virtio"):
             yield Complaint((*path, key), f'only with model = "virtio"; it is "{nic.model}"')
-    if nic.queues > 1 and nic.network is None:
-        yield Complaint((*path, "queues"), "only with network")
+    if nic.queues > 1 and not nic.has_tap:
+        yield Complaint((*path, "queues"), 'only with a TAP: network, or type = "tap" or "bridge"')
     elif nic.queues > vcpus:
         yield Complaint((*path, "queues"), f"{nic.queues} queue pairs, but cpu.vcpus = {vcpus}")
 

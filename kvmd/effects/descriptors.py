@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from kvmd.config.guest import Guest
-from kvmd.effects import files, images, ramfile
+from kvmd.effects import files, images, programs, ramfile, taps
 from kvmd.effects.handover import listen_private
 from kvmd.effects.laststart import described
 from kvmd.effects.netlink import Netlink
+from kvmd.effects.tapscripts import TapScripts
 from kvmd.errors import HostFailed
 from kvmd.facts import Tbf, VlanRange
 from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenMemory, OpenTap, OpenVhostNet
@@ -26,15 +27,20 @@ from kvmd.qemu.storage import ImageFact
 
 @dataclass(frozen=True, slots=True)
 class TapPlan:
-    """The TAP of one NIC."""
+    """The TAP of one NIC. `standby.py` leaves a NIC unplugged whose plan has more than it knows."""
 
-    name: str
-    bridge: str
-    mtu: int
+    name: str  # "" where a helper names it
+    bridge: str | None  # None: a script or somebody else plugs it in
+    mtu: int | None  # None: the bridge's
     alias: str
-    port_isolated: bool
+    port_isolated: bool = False
     vlans: Callable[[int], tuple[VlanRange, ...]] | None = None  # of a bridge that filters, by its default VLAN
     tbf: Tbf | None = None
+    fenced: bool = False  # there are rules that must stand first
+    plain: bool = False  # without IFF_VNET_HDR
+    script: str | None = None
+    downscript: str | None = None
+    helper: str | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +65,7 @@ class Opener:
     log_dir: Path
     roots: Sequence[Path]
     netlink: Netlink
+    scripts: TapScripts
     uid: int = 0  # whom files belong to that QEMU opens once more
     gid: int = 0
     _images: dict[str, int] = field(default_factory=dict)
@@ -81,26 +88,26 @@ class Opener:
             seen[name] = ImageFact(block=found.is_block, direct=found.direct_io)
         return seen
 
-    async def open_all(self, requests: Sequence[FdRequest], taps: Mapping[str, TapPlan]) -> Descriptors:
+    async def open_all(self, requests: Sequence[FdRequest], plans: Mapping[str, TapPlan]) -> Descriptors:
         """Everything the argv asks for, in its order. On failure what was opened here is closed."""
         opened = Descriptors()
         try:
             for request in requests:
-                opened.pairs += await self._open(request, taps)
-                opened.described += described(request, taps, self.roots)
+                opened.pairs += await self._open(request, plans)
+                opened.described += described(request, plans, self.roots)
         except BaseException:
             opened.close()
             raise
         return opened
 
-    async def _open(self, request: FdRequest, taps: Mapping[str, TapPlan]) -> list[tuple[int, int]]:
+    async def _open(self, request: FdRequest, plans: Mapping[str, TapPlan]) -> list[tuple[int, int]]:
         match request:
             case OpenImage():
                 return [(request.fd, self._images.pop(request.disk))]
             case OpenTap():
                 if request.queue:
                     return []  # came with the first queue
-                fds = await self._tap(taps[request.nic], request.queues)
+                fds = await self._tap(request.nic, plans[request.nic], request.queues)
                 return [(request.fd + queue, fd) for queue, fd in enumerate(fds)]
             case OpenMemory():
                 opened = await asyncio.to_thread(
@@ -119,7 +126,11 @@ class Opener:
             case _:
                 assert_never(request)
 
-    async def _tap(self, plan: TapPlan, queues: int) -> list[int]:
+    async def _tap(self, nic: str, plan: TapPlan, queues: int) -> list[int]:
+        if plan.helper:
+            return [await self._ask_helper(plan.helper, plan)]
+        if plan.bridge is None:
+            return await self._loose_tap(nic, plan, queues)
         return await self.netlink.open_tap(
             plan.name,
             bridge=plan.bridge,
@@ -130,6 +141,34 @@ class Opener:
             vlans=plan.vlans,
             tbf=plan.tbf,
         )
+
+    async def _ask_helper(self, helper: str, plan: TapPlan) -> int:
+        """A TAP that a helper makes and plugs in, as QEMU would ask it to."""
+        fd = await programs.receive_descriptor((helper, "--use-vnet", f"--br={plan.bridge}"))
+        try:
+            await self.netlink.mark_tap(taps.name_of(fd), plan.alias)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    async def _loose_tap(self, nic: str, plan: TapPlan, queues: int) -> list[int]:
+        """A TAP that its script plugs in; without a script it is set up and left to others, if we made it."""
+        there = plan.name in {link.name for link in await self.netlink.observe_links()}
+        fds = await self.netlink.open_loose_tap(
+            plan.name, mtu=plan.mtu, alias=plan.alias, queues=queues, vnet_hdr=not plan.plain
+        )
+        try:
+            if plan.script or plan.downscript:
+                script, downscript = plan.script, plan.downscript
+                await self.scripts.up(self.guest, nic, plan.name, script=script, downscript=downscript)
+            if not plan.script and not there:
+                await self.netlink.mark_tap(plan.name, plan.alias, up=True)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds
 
     def close(self) -> None:
         """Close the images nobody took."""

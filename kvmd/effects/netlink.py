@@ -10,14 +10,11 @@ and in its bridge 2 ms; reading all links of a host with 40 of them 20 to 50 ms.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import fcntl
 import importlib
 import os
 import re
 import socket
-import struct
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
@@ -27,7 +24,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from kvmd.actions import EnsureBridge, RemoveBridge, SetPortVlans, VfPort
-from kvmd.errors import Conflict, HostFailed, KvmdError, NotSupported
+from kvmd.effects.taps import open_queues
+from kvmd.errors import Conflict, HostFailed, NotSupported
 from kvmd.facts import Link, Tbf, VlanRange
 from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
 from kvmd.plan.vlans import NO_KERNEL, entries_of, ranges_of, without
@@ -46,13 +44,6 @@ _STACKED = frozenset({"vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec"
 _MODULES = "/proc/modules"  # absent: a kernel that loads none, so what is not there now never is
 _RTEXT_FILTER_BRVLAN_COMPRESSED = 4  # linux/rtnetlink.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
-_TUN = "/dev/net/tun"
-_TUNSETIFF = 0x400454CA  # this and the flags: linux/if_tun.h
-_IFF_TAP = 0x0002
-_IFF_MULTI_QUEUE = 0x0100
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
-_IFF_TUN_EXCL = 0x8000
 _ADDR_GEN_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h: no fe80 address of the host on a guest's TAP
 TC_H_ROOT = 0xFFFFFFFF  # linux/pkt_sched.h
 _VF_INFO = 1  # RTEXT_FILTER_VF, linux/rtnetlink.h
@@ -373,7 +364,7 @@ class Netlink:
         name: str,
         *,
         bridge: str,
-        mtu: int,
+        mtu: int | None,
         alias: str,
         port_isolated: bool = False,
         queues: int = 1,
@@ -382,6 +373,7 @@ class Netlink:
     ) -> list[int]:
         """A new TAP, up and in `bridge`; one descriptor per queue, owned by the caller. It vanishes with the last one.
 
+        Without `mtu` it has the bridge's: a bridge takes its lowest port's, unless it was told its own.
         `vlans` of a bridge that filters: what the port carries, given the bridge's default VLAN.
         Conflict if a link of that name exists; HostFailed if there is no TUN driver or no such bridge.
         """
@@ -393,7 +385,10 @@ class Netlink:
         except OSError:
             hint = "`kvmd-cli plan` says why it is not there"
             raise HostFailed(f'TAP {name}: bridge "{bridge}" does not exist', hint=hint, bridge=bridge) from None
-        fds = _open_queues(name, queues)
+        if mtu is None:
+            there = await self.find(bridge)
+            mtu = there.mtu if there else 1500
+        fds = open_queues(name, queues)
         try:
             index = await self._plug(name, bridge=bridge, master=master, mtu=mtu, alias=alias, isolated=port_isolated)
             if vlans:
@@ -418,6 +413,25 @@ class Netlink:
             raise Conflict(f'TAP {name}: bridge "{bridge}" does not filter VLANs', hint=hint)
         given = (await self._port_vlans()).get(index, ())
         await self._change_vlans(name, index, given, vlans(there.default_pvid))
+
+    async def open_loose_tap(self, name: str, *, mtu: int | None, alias: str, queues: int, vnet_hdr: bool) -> list[int]:
+        """A TAP that others plug in: the free one of that name as it is, or a new one, marked and still down."""
+        _checked(name)
+        made = _index(name) is None
+        fds = open_queues(name, queues, vnet_hdr=vnet_hdr, join=not made)
+        if made:
+            try:
+                await self.mark_tap(name, alias, mtu=mtu)
+            except BaseException:
+                for fd in fds:
+                    os.close(fd)
+                raise
+        return fds
+
+    async def mark_tap(self, name: str, alias: str, *, mtu: int | None = None, up: bool = False) -> None:
+        """Put our mark on a TAP that was made for us. HostFailed."""
+        values: dict[str, Any] = {"ifalias": alias} | ({"mtu": mtu} if mtu else {}) | ({"state": "up"} if up else {})
+        await self.change(f"mark TAP {name}", "set", index=_index(name), **values)
 
     async def shape(self, tap: str, tbf: Tbf | None) -> None:
         """Let a TAP's queue to the guest be this one, or the kernel's own for None. Of a link that is gone: nothing."""
@@ -480,46 +494,6 @@ def _checked(name: str) -> str:
     if not _NAME.fullmatch(name) or name in (".", ".."):
         raise Conflict(f"{name!r} is not an interface name: 1 to 15 of letters, digits, _ . and -")
     return name
-
-
-def _open_queues(name: str, queues: int) -> list[int]:
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
-    fds: list[int] = []
-    try:
-        for number in range(queues):
-            # The first must make the TAP: without EXCL it would join a persistent one that somebody left.
-            fds.append(_open_queue(name, flags | (0 if number else _IFF_TUN_EXCL)))
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return fds
-
-
-def _open_queue(name: str, flags: int) -> int:
-    try:
-        fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-            hint = 'modprobe tun; to have it at each boot: load = ["tun"] under [modules] in host.toml'
-            raise NotSupported(f"TAP {name}: this host has no {_TUN}", hint=hint) from None
-        raise refused(f"open {_TUN} for TAP {name}", error) from None
-    try:
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    except OSError as error:
-        os.close(fd)
-        raise _taprefused(name, error) from None
-    return fd
-
-
-def _taprefused(name: str, error: OSError) -> KvmdError:
-    exists = False
-    with contextlib.suppress(OSError):
-        exists = socket.if_nametoindex(name) > 0
-    if exists and error.errno in (errno.EBUSY, errno.EINVAL, errno.EEXIST):
-        hint = f"`ip -d link show {name}` says whose it is; a QEMU that still runs may hold it"
-        return Conflict(f"TAP {name}: a link of that name exists already; it is left alone", hint=hint, link=name)
-    return refused(f"make TAP {name}", error)
 
 
 def vf_ports(link: str, message: Any) -> Iterator[VfPort]:

@@ -45,11 +45,13 @@ class HostObserver:
         memory_paths = mounts.keys() | hugetlbfs_plan.wanted(desired.guests).keys()
         zrams = swap.observe_zrams(self.tree)
         with_pci = vfio.is_concerned(desired, [entry.kind for entry in journal])
-        with_networks = bool(desired.networks) or any(entry.kind == EffectKind.BRIDGE for entry in journal)
+        nics = [nic for guest in desired.guests.values() for nic in guest.nic.values()]
+        own_taps = any(nic.has_tap and not nic.network for nic in nics)
+        with_networks = bool(desired.networks) or own_taps or any(entry.kind == EffectKind.BRIDGE for entry in journal)
         over_nics = any(net.uplink for net in desired.networks.values())
         filtering = any(net.network.vlan_filtering for net in desired.networks.values())
         links = await self.netlink.observe_links(vlans=filtering) if with_networks or with_pci else ()
-        with_fences = any(has_fence(nic) for guest in desired.guests.values() for nic in guest.nic.values())
+        with_fences = any(map(has_fence, nics))
         with_fences = with_fences or ruleset_key(PORTS) in {entry.key for entry in journal}
         with_irqs = desired.host.cpu.irq_affinity != "keep"
         fixed = {entry.subject for entry in journal if entry.kind == EffectKind.FIXED_IRQ}

@@ -22,6 +22,7 @@ class EffectKind(StrEnum):
     BRIDGE = "bridge"
     UPLINK = "uplink"
     RULESET = "ruleset"
+    TAP_SCRIPT = "tap_script"
     DNSMASQ = "dnsmasq"
     KERNEL_ARGS = "kernel-args"
     FIXED_IRQ = "fixed-irq"
@@ -70,6 +71,11 @@ def uplink_key(interface: str) -> str:
 def ruleset_key(table: str) -> str:
     """Journal key of an nft table of kvmd's ("inet kvmd")."""
     return f"{EffectKind.RULESET}:{table}"
+
+
+def tap_script_key(guest: str, nic: str) -> str:
+    """Journal key of the scripts of a guest's TAP: `original` is the downscript, `new` the TAP."""
+    return f"{EffectKind.TAP_SCRIPT}:{guest}:{nic}"
 
 
 def dnsmasq_key(network: str) -> str:

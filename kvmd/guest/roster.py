@@ -161,6 +161,9 @@ class Roster:
         adoptions += [self._spawn(self.take_up(name), f"adopt-{name}") for name in born]
         if adoptions:
             await asyncio.wait(adoptions, timeout=ADOPT_PATIENCE_S)
+        for name in self.services.scripts.guests():
+            if self.supervisor(name).state not in ALIVE:
+                self._spawn(self.services.scripts.down(name), f"{name}-downscripts")
 
     async def take_up(self, name: str) -> None:
         """Wait for a guest that is being started without us, and adopt it; if nothing comes of it, it is off."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvmd.config.desired import Desired, Loaded
+from kvmd.config.devices import Nic
 from kvmd.config.guest import Guest, Limits
 from kvmd.config.network import bridge_name
 from kvmd.effects import birthmark, files, logs, proc, process, threads
@@ -36,12 +37,13 @@ from kvmd.effects.records import GuestRun, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
+from kvmd.effects.tapscripts import TapScripts
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import EMPTY, Process, Usage
 from kvmd.guest.pages import PageBook
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
-from kvmd.plan.links import tap_name
+from kvmd.plan.links import tap_alias, tap_name
 from kvmd.plan.ports import has_fence, tbf_of
 from kvmd.plan.units import drop_in
 from kvmd.plan.vfio import Grant
@@ -255,6 +257,7 @@ class Services:
             log_dir=self.paths.guest_log(name),
             roots=[Path(root) for root in (*daemon.storage.roots, daemon.storage.images)],
             netlink=self.netlink,
+            scripts=self.scripts,
             uid=run.uid,
             gid=self.qemu_gid or run.uid,
         )
@@ -269,7 +272,7 @@ class Services:
                 accel=decided.accel,
                 run_dir=str(self.paths.guest_run(name)),
                 images=opener.open_images(guest),
-                mtus={nic: tap.mtu for nic, tap in self._taps(name, decided).items()},
+                mtus={nic: tap.mtu for nic, tap in self._taps(name, decided).items() if tap.mtu},
                 hugepages=backing.hugepages,
                 memory_nodes=backing.nodes,
                 vhost=os.access("/dev/vhost-net", os.R_OK | os.W_OK),
@@ -283,26 +286,31 @@ class Services:
             launch = replace(launch, warnings=tuple(warning for warning in warnings if warning))
             if any(has_fence(nic) for nic in guest.nic.values()):
                 await self.fence()
+            await self.scripts.down(name)  # of a run that kvmd did not see end
             return launch, await opener.open_all(launch.opens, self._taps(name, decided))
         except BaseException:
             opener.close()
+            await self.scripts.down(name)
             raise
 
     def _taps(self, name: str, decided: Decided) -> Mapping[str, TapPlan]:
-        """The TAP of each NIC that is on a network."""
+        """The TAP of each NIC that has one."""
         taps = {}
         for nic, wish in decided.guest.nic.items():
             if wish.network is None:
+                if wish.has_tap:
+                    taps[nic] = _own_tap(name, nic, wish, decided.identity.uuid)
                 continue
             network = self.loaded.desired.networks[wish.network]
             taps[nic] = TapPlan(
                 name=tap_name(decided.identity.uuid, nic),
                 bridge=bridge_name(wish.network, network),
                 mtu=network.network.mtu,
-                alias=f"kvmd:{wish.network}:{name}:{nic}",
+                alias=tap_alias(wish.network, name, nic),
                 port_isolated=network.network.guests_isolated,
                 vlans=partial(wanted_vlans, wish) if network.network.vlan_filtering else None,
                 tbf=tbf_of(wish.rate_in),
+                fenced=has_fence(wish),
             )
         return taps
 
@@ -484,6 +492,11 @@ class Services:
         return self.store.record_process(run.name, watched.process.pid, watched.process.start_time)
 
     @functools.cached_property
+    def scripts(self) -> TapScripts:
+        """The scripts of guests' TAPs, and which are due."""
+        return TapScripts(self.store, self.tree.boot_id)
+
+    @functools.cached_property
     def qemu_gid(self) -> int | None:
         """Group kvmd-qemu where it was made by the installation; else each guest's gid is its uid."""
         return _group("kvmd-qemu")
@@ -506,6 +519,22 @@ def vcpu_threads(reply: Any) -> tuple[int, ...]:
         return tuple(int(cpu["thread-id"]) for cpu in sorted(reply, key=lambda cpu: int(cpu["cpu-index"])))
     except (TypeError, KeyError, ValueError):
         raise QemuFailed("query-cpus-fast answered something else than CPUs") from None
+
+
+def _own_tap(guest: str, nic: str, wish: Nic, uuid: str) -> TapPlan:
+    """The TAP of a NIC that is on no network of kvmd's."""
+    bridge = (wish.br or "br0") if wish.type == "bridge" or wish.helper else None
+    return TapPlan(
+        name=wish.ifname or tap_name(uuid, nic),
+        bridge=bridge,
+        mtu=wish.mtu,
+        alias=tap_alias("", guest, nic),
+        fenced=bridge is None or wish.helper is not None,  # nothing standby.py could do
+        plain=not wish.vnet_hdr,
+        script=wish.script,
+        downscript=wish.downscript,
+        helper=wish.helper,
+    )
 
 
 async def _ask_all(monitor: Monitor, queries: Iterable[verify.Query]) -> list[Any]:

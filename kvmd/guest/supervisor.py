@@ -442,6 +442,7 @@ class Supervisor:
         if run:
             self._spawn(run.monitor.close(), "close")
         self.services.clean_up(self.name)
+        self._spawn(self.services.scripts.down(self.name), "downscripts")
         life = self.status.life
         self.services.store.end_run(self.name, str(life.cause or ""), life.reason, self.services.now())
         self._spawn(self.services.give_back_devices(self.name), "devices")

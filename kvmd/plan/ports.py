@@ -42,7 +42,7 @@ def plan_ports(
         actions.append(ReplaceRuleset(text=text, change=change, table="bridge kvmd", why=why))
     actions += _queues(guests, facts)
     actions += _links(guests, facts)
-    return tuple(actions), ()
+    return tuple(actions), tuple(_own_taps(guests, facts))
 
 
 def port_rules(networks: Mapping[str, Network], guests: Mapping[str, Guest], macs: Macs, uuids: Uuids) -> str:
@@ -114,6 +114,24 @@ def _allowed(who: str, nic: Nic, mac: str, name: str, network: Network, fixed: A
         tagged=network.network.vlan_filtering,
         trunk=bool(nic.vlans),
     )
+
+
+def _own_taps(guests: Mapping[str, Guest], facts: Facts) -> Iterator[Problem]:
+    """NICs on no network of kvmd's, whose bridge is not there or whose name is somebody's."""
+    links = {link.name: link for link in facts.links}
+    for name, guest in sorted(guests.items()):
+        for key, nic in sorted(guest.nic.items()):
+            subject, hint, message = f"guest {name}", "", ""
+            bridge = links.get(nic.br or "br0")
+            named = links.get(nic.ifname or "")
+            if nic.type == "bridge" and nic.helper is None and (bridge is None or bridge.kind != "bridge"):
+                message = f'nic.{key}: there is no bridge "{nic.br or "br0"}" to be plugged into'
+                hint = "kvmd-cli doctor says how to make one; or name another as br"
+            elif named is not None and named.kind != "tun":
+                message = f'nic.{key}: ifname = "{nic.ifname}" is {named.kind or "a NIC"}, and no TAP'
+                hint = "give it another name"
+            if message:
+                yield Problem(subject, message, hint, frozenset({name}))
 
 
 def _links(guests: Mapping[str, Guest], facts: Facts) -> Iterator[Action]:

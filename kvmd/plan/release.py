@@ -65,8 +65,8 @@ def plan_release(entries: Iterable[tuple[str, str, str, str]], facts: Facts) -> 
     """What undoes each `(kind, subject, original, new)` of the journal, and who would suffer."""
     undos = []
     for kind, subject, original, new in entries:
-        if kind == "vfio_group":
-            continue  # the node of an IOMMU group goes back with the last function in it
+        if kind in ("vfio_group", "tap_script"):
+            continue  # one goes back with the last function of its group, the other with its guest
         undo = _undo(kind, subject, original, new, facts)
         undos.append(replace(undo, needed_by=needed_by(kind, subject, original, facts)) if undo.action else undo)
     return tuple(reversed(undos))

@@ -72,8 +72,15 @@ def _tap(name: str, key: str, nic: Nic, caps: Capabilities, fds: FdTable, *, vho
     taps = [fds.add(OpenTap(fds.next_fd, key, queue, nic.queues)) for queue in range(nic.queues)]
     backend: dict[str, object] = {"type": "tap", "id": f"net-{key}"}
     backend["fds" if many else "fd"] = ":".join(map(str, taps))
+    if nic.sndbuf is not None:
+        backend["sndbuf"] = int(nic.sndbuf)  # QEMU sets it, also on a descriptor: without this key to no limit
+    if nic.vhost and not vhost:
+        hint = "modprobe vhost_net, and [modules] load in host.toml; or leave vhost out"
+        raise Refused(f"guest {name}: nic.{key}.vhost: this host has no /dev/vhost-net that works", hint=hint)
+    if nic.vhostforce:
+        backend["vhostforce"] = True
     # vhost serves virtio rings only; another card would silently go without.
-    if vhost and nic.model == "virtio":
+    if vhost and nic.vhost is not False and nic.model == "virtio":
         workers = [fds.add(OpenVhostNet(fds.next_fd, key, queue)) for queue in range(nic.queues)]
         backend["vhost"] = True
         backend["vhostfds" if many else "vhostfd"] = ":".join(map(str, workers))

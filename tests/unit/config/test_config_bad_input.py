@@ -373,8 +373,75 @@ CASES = [
     ),
     (
         GUEST,
-        '[memory]\nsize = "1GiB"\n[nic.a]\ntype = "tap"\nifname = "tap0"\n',
-        [':4: nic.a.type: "tap" is not supported yet (supported: "user", "vf")', ":5: nic.a.ifname: not supported yet"],
+        '[memory]\nsize = "1GiB"\n[nic.a]\ntype = "hub"\nhub = 1\n',
+        [
+            ':4: nic.a.type: "hub" is not supported yet (supported: "user", "tap", "bridge", "vf")',
+            ":5: nic.a.hub: not supported yet",
+        ],
+    ),
+    *(
+        (GUEST, f'[memory]\nsize = "1GiB"\n[nic.a]\ntype = "{kind}"\n{keys}\n', complaints)
+        for kind, keys, complaints in (
+            (
+                "tap",
+                "fd = 3",
+                [
+                    ":5: nic.a.fd: a descriptor number means nothing to a daemon: it is open in no process that kvmd"
+                    ' could ask (ifname = "tap7" uses a TAP that is there: ip tuntap add tap7 mode tap)'
+                ],
+            ),
+            (
+                "tap",
+                'fd = 3\nifname = "tap7"\nscript = "/etc/qemu-ifup"\nvnet_hdr = true',
+                [
+                    ":5: nic.a.fd: excludes ifname, script, vnet_hdr: what somebody else opened must not be named or"
+                    " set up again (and a number means nothing to a daemon: take fd out)"
+                ],
+            ),
+            (
+                "tap",
+                "vhostfd = 4",
+                [
+                    ":5: nic.a.vhostfd: a descriptor number means nothing to a daemon (vhost = true: kvmd opens"
+                    " /dev/vhost-net itself)"
+                ],
+            ),
+            (
+                "tap",
+                'helper = "/usr/lib/qemu/qemu-bridge-helper"\nifname = "tap7"\nscript = "/etc/qemu-ifup"\nvnet_hdr = true',
+                [
+                    f":{line}: nic.a.{key}: excluded by helper, which makes, names and plugs in the TAP (leave out {key}"
+                    " or helper)"
+                    for line, key in ((6, "ifname"), (7, "script"), (8, "vnet_hdr"))
+                ],
+            ),
+            ("tap", 'script = "no"', [':5: nic.a.script: "no" is not an absolute path (it must begin with /)']),
+            (
+                "tap",
+                'ifname = "tap%d"',
+                [':5: nic.a.ifname: "tap%d" is not an interface name: 1 to 15 of letters, digits, _ . and -'],
+            ),
+            ("tap", 'br = "br0"', [':5: nic.a.br: only with type = "bridge", or with helper']),
+            ("tap", "guard = true", [":5: nic.a.guard: only with network"]),
+            ("tap", 'ipv4 = "192.168.1.3"', [":5: nic.a.ipv4: only with network"]),
+            ("bridge", 'script = "/etc/qemu-ifup"', [':5: nic.a.script: only with type = "tap"']),
+            ("user", 'helper = "/usr/lib/x"', [':5: nic.a.helper: only with type = "tap" or "bridge"']),
+            (
+                "user",
+                "vhost = true",
+                [':5: nic.a.vhost: only with a TAP: network, or type = "tap" or "bridge"'],
+            ),
+            (
+                "bridge",
+                'vhost = true\nmodel = "e1000"',
+                [':5: nic.a.vhost: only with model = "virtio"; it is "e1000"'],
+            ),
+            (
+                "bridge",
+                "vhost = false\nvhostforce = true",
+                [":6: nic.a.vhostforce: contradicts vhost = false (leave one of them out)"],
+            ),
+        )
     ),
     (
         GUEST,
@@ -430,7 +497,7 @@ CASES = [
         [':8: nic.b.pci_address: "05" is the slot of nic.a too'],
     ),
     (GUEST, BASE + 'mtu = 9000\nmodel = "e1000"\n', [':5: nic.a.mtu: only with model = "virtio"; it is "e1000"']),
-    (GUEST, BASE + "queues = 4\n", [":5: nic.a.queues: only with network"]),
+    (GUEST, BASE + "queues = 4\n", [':5: nic.a.queues: only with a TAP: network, or type = "tap" or "bridge"']),
     (
         GUEST,
         BASE + '[guest]\nuuid = "web"\n',

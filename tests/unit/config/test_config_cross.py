@@ -144,6 +144,10 @@ CASES = [
         "networks.d/b.toml:8: forward.y.listen: tcp port 443 belongs to networks.d/a.toml (forward.x)",
     ),
     (
+        {f"guests.d/{name}.toml": MEMORY + '[nic.n]\ntype = "tap"\nifname = "tap7"\n' for name in "ab"},
+        "guests.d/b.toml:5: nic.n.ifname: TAP tap7 belongs to guests.d/a.toml (nic.n.ifname)",
+    ),
+    (
         {"networks.d/a.toml": nat(1), "networks.d/b.toml": nat(1).replace("/24", "/16")},
         "networks.d/b.toml:4: ipv4.address: 10.0.0.0/16 overlaps 10.0.1.0/24 of networks.d/a.toml",
     ),

@@ -166,7 +166,7 @@ async def test_a_name_the_kernel_would_misread_never_reaches_it(name: str) -> No
 
 
 async def test_without_the_tun_driver_the_answer_is_modprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmd.effects.netlink._TUN", str(tmp_path / "tun"))
+    monkeypatch.setattr("kvmd.effects.taps.TUN", str(tmp_path / "tun"))
     with pytest.raises(NotSupported) as caught:
         await netlink(Route()).open_tap("kvt0", bridge="lo", mtu=1500, alias="kvmd:lan:web:lan")
     assert caught.value.hint is not None and caught.value.hint.startswith("modprobe tun")
