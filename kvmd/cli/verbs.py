@@ -93,6 +93,7 @@ _LOOKING = (
 _HOST = (
     Verb("host facts", "host", "the host as it is, read now", "kvmd.cli.host:facts"),
     Verb("host cpus", "host", "who sits where: CPUs, their roles, guests' threads", "kvmd.cli.cpus:cpus"),
+    Verb("host hugepages", "host", "pools by size and node, who wants pages", "kvmd.cli.hugepages:hugepages"),
     Verb("host kernel-args", "host", "the kernel's command line: there, wanted, missing", "kvmd.cli.kernelargs:show",
          (), (Option("--write", "write kvmd's drop-in for the boot loader"),
           Option("--remove", "take that drop-in away"),
@@ -127,7 +128,7 @@ ALIASES = {"shutdown": "stop", "destroy": "kill", "dominfo": "show", "nodeinfo":
 LATER = frozenset({
     "health", "suspend", "resume", "save", "enable", "disable", "hold", "unhold", "wait", "delete", "clone",
     "rename", "release", "why", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
-    "backup", "restore", "import", "export", "capabilities", "job", "db", "host hugepages",
+    "backup", "restore", "import", "export", "capabilities", "job", "db",
     "host drain", "host undrain", "tune advise", "tune record", "tune replay", "tune simulate",
 })  # fmt: skip
 

@@ -69,7 +69,7 @@ class HostObserver:
             modules=modules.observe(self.tree, names),
             nodes=modules.observe_nodes(self.tree, module_plan.NODES.values()) if names else frozenset(),
             memory_paths=hugetlbfs.observe(self.tree, memory_paths),
-            swaps=swap.observe_swaps(self.tree, (*sorted(swap_paths), *(zram.path for zram in zrams or ()))),
+            swaps=swap.observe_swaps(self.tree, (*sorted(swap_paths), *(z.path for z in zrams or () if z.ours))),
             swap_files=tuple(swap.observe_file(self.tree, path) for path in sorted(swap_paths)),
             zrams=zrams,
             pci=pci.observe(self.tree, links) if with_pci else None,

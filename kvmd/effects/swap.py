@@ -74,11 +74,12 @@ def _busy_bytes(path: str) -> int | None:
     Cutting a swap file to the length it has is refused with ETXTBSY (fs/attr.c, inode_newsize_ok), opening a device
     for oneself with EBUSY.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    # read-only: udev looks again at every device that was open for writing
+    flags = os.O_RDONLY | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         status = os.lstat(path)
         if stat.S_ISBLK(status.st_mode):
-            os.close(os.open(path, flags | os.O_EXCL))
+            os.close(os.open(path, flags))
         elif stat.S_ISREG(status.st_mode) and _label(Path(path)) == LABEL:
             os.truncate(path, status.st_size)
     except OSError as error:

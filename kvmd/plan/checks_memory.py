@@ -60,9 +60,9 @@ def swap(report: HostReport) -> Iterator[Finding]:
     guests = [candidate(name, guest) for name, guest in report.desired.guests.items()]
     needed = sum(guest.charge_bytes for guest in guests)
     usable = admission.usable_bytes(memory, reserve=_reserve(report))
-    short, there = needed - usable, memory.swap_total_bytes
+    short, there = needed - usable, admission.swap_bytes(memory)
     if short <= 0:
-        if not there and report.desired.host.ksm.mode in ("kernel", "kvmd"):
+        if not memory.swap_total_bytes and report.desired.host.ksm.mode in ("kernel", "kvmd"):
             yield warn("ksm.mode merges pages and there is no swap: pages that part again have nowhere to go", _swap(1))
             return
         yield ok(f"guests may hold {_human(needed)}, RAM leaves {_human(usable)} for them")
@@ -81,7 +81,7 @@ def swap(report: HostReport) -> Iterator[Finding]:
 
 
 def _swap(gib: int) -> str:
-    return f"fallocate -l {gib}G /swap.kvmd && chmod 600 /swap.kvmd && mkswap /swap.kvmd && swapon /swap.kvmd"
+    return f'[swap.file] with size = "{gib}GiB" in host.toml'
 
 
 def thp(report: HostReport) -> Iterator[Finding]:

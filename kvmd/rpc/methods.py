@@ -26,6 +26,7 @@ from kvmd.plan.admission import Account
 from kvmd.plan.cpumap import GuestSeats, cpu_map
 from kvmd.plan.groups import when
 from kvmd.plan.links import tap_name
+from kvmd.plan.pagemap import page_map
 from kvmd.plan.yielding import Yielded
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
@@ -64,6 +65,7 @@ class Methods:
             ("host.release", "admin", results.ReleaseParams, results.Released, self.host_release),
             ("host.facts", "viewer", NoParams, results.HostFacts, self.host_facts),
             ("host.cpus", "viewer", NoParams, results.HostCpus, self.host_cpus),
+            ("host.hugepages", "viewer", NoParams, results.HostHugepages, self.host_hugepages),
             ("host.kernel_args", "viewer", NoParams, results.KernelArgs, self.host_kernel_args),
             (
                 "host.write_kernel_args",
@@ -248,6 +250,19 @@ class Methods:
             ),
             interrupts=tuple(results.IrqShape.model_validate(asdict(each)) for each in found.interrupts),
             problems=_problems(found.problems),
+        )
+
+    async def host_hugepages(self, _params: NoParams, _call: Call) -> results.HostHugepages:
+        """Every pool of hugepages as it is and as it shall be, and who wants pages"""
+        facts, plan = await self._manager.look()
+        found = page_map(self._manager.services.loaded.desired, facts, plan.actions)
+        guests = {guest.name for guest in found.guests}
+        about = [p for p in plan.problems if p.subject.startswith("hugepages") or p.guests & guests]
+        return results.HostHugepages(
+            pools=tuple(results.PoolShape.model_validate(asdict(line)) for line in found.pools),
+            guests=tuple(results.PageGuestShape.model_validate(asdict(guest)) for guest in found.guests),
+            boot=found.boot,
+            problems=_problems(about),
         )
 
     async def host_kernel_args(self, _params: NoParams, _call: Call) -> results.KernelArgs:

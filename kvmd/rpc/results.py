@@ -340,6 +340,42 @@ class IrqShape(Shape):
     kept: bool = Field(description="the kernel lets nobody move it")
 
 
+class PoolShape(Shape):
+    """One node's pool of one size of hugepages, in pages."""
+
+    node: int
+    page_bytes: int
+    total: int
+    used: int
+    reserved: int = Field(description="promised to a mapping that has not touched them yet")
+    free: int = Field(description="and not reserved")
+    wanted: int = Field(description="what the pool shall hold")
+    in_one_piece: int | None = Field(description="further pages that are free memory as it is")
+    by_compaction: int | None = Field(description="and at most so many more")
+
+
+class PageGuestShape(Shape):
+    """A guest whose file asks for hugepages."""
+
+    name: str
+    page_bytes: int
+    pages: int
+    nodes: str = Field(description="empty: any")
+    policy: str
+    fallback: bool
+    running: bool
+    has_pages: bool
+
+
+class HostHugepages(Shape):
+    """All pools, who wants pages, what would reserve them at boot, and what cannot be had."""
+
+    pools: tuple[PoolShape, ...]
+    guests: tuple[PageGuestShape, ...]
+    boot: tuple[str, ...] = Field(description="words for the kernel command line, one group for each size")
+    problems: tuple[ProblemShape, ...]
+
+
 class HostCpus(Shape):
     """Who sits where."""
 

@@ -25,6 +25,7 @@ LOOKING = frozenset(
         "facts",
         "kernel_args",
         "health",
+        "hugepages",
         "leases",
         "list",
         "ping",

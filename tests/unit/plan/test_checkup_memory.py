@@ -53,7 +53,7 @@ def _memory(box: DoctorHost, total_kib: int, swap_kib: int) -> None:
 
 def test_guests_that_neither_ram_nor_swap_can_hold(box: DoctorHost) -> None:
     box.guest("web", PLAIN.replace("32MiB", "15400MiB"))
-    expect(box, "swap", "fail", "swap has 0 B", "short", fix="mkswap")
+    expect(box, "swap", "fail", "swap has 0 B", "short", fix="[swap.file] with size =")
     _memory(box, 16 << 20, 800 << 10)  # enough if every byte of it counted
     expect(box, "swap", "warn", "80%")
     _memory(box, 16 << 20, 8 << 20)
@@ -62,7 +62,7 @@ def test_guests_that_neither_ram_nor_swap_can_hold(box: DoctorHost) -> None:
 
 def test_merging_without_swap(box: DoctorHost) -> None:
     box.config("host.toml", '[ksm]\nmode = "kvmd"\n[hugepages.2MiB]\npages = 16\n')
-    expect(box, "swap", "warn", "no swap", fix="swapon")
+    expect(box, "swap", "warn", "no swap", fix='size = "1GiB" in host.toml')
 
 
 def test_transparent_hugepages(box: DoctorHost) -> None:
