@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Protocol
 
 from kvmd.config.desired import Desired, Loaded
-from kvmd.effects import checkup_files, checkup_system, nft
+from kvmd.effects import checkup_files, checkup_system, modules, nft, pci
 from kvmd.effects.probe import kvm_usable, probe
 from kvmd.effects.routes import ra_uplinks
 from kvmd.effects.sysfs import KVM_MODULES, HostTree
 from kvmd.errors import KvmdError
 from kvmd.facts import Facts, RunningGuest
 from kvmd.paths import Paths
-from kvmd.plan import firewall, ksm, network
+from kvmd.plan import firewall, ksm, network, vfio
+from kvmd.plan import modules as module_plan
 from kvmd.plan.checks_machine import KVM_DEVICE, TUN_DEVICE, VHOST_DEVICE
 from kvmd.plan.checks_memory import AIO_MAX
 from kvmd.plan.hostreport import Emulator, FileStat, HostReport, Unseen
@@ -126,12 +127,18 @@ def _facts(tree: HostTree, desired: Desired) -> Facts:
         for found in tree.qemus()
         if found.name
     ]
+    names = module_plan.wanted(desired)
     return Facts(
         boot_id=tree.boot_id(),
         cpus=tree.observe_cpus(),
         memory=tree.observe_memory(),
         hugepages=tree.observe_hugepages(),
         knobs=tree.observe_knobs(_KNOBS),
+        kernel=tree.kernel(),
+        modules=modules.observe(tree, names),
+        nodes=modules.observe_nodes(tree, module_plan.NODES.values()),
+        pci=pci.observe(tree) if vfio.is_concerned(desired, ()) else None,
+        iommu=pci.observe_iommu(tree),
         ra_uplinks=ra_uplinks(tree),
         guests=tuple(guests),
     )

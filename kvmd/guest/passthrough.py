@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from kvmd.actions import BindDevice
+from kvmd.actions import BindDevice, LoadModule
+from kvmd.effects import modules
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.errors import Conflict, KvmdError, Refused
@@ -50,6 +51,7 @@ class Passthrough:
 
     async def take(self, name: str, uid: int, grants: tuple[Grant, ...]) -> None:
         """Bind all of them for the guest, whose run is on record. KvmdError; what was taken is given back later."""
+        await self._load_driver(name, grants[0].key)
         for grant in grants:
             action = BindDevice(
                 device=grant.device.address,
@@ -63,6 +65,13 @@ class Passthrough:
             )
             await self._applier.apply(action)
             _log.info("%s  (%s)", action.line(), action.why, extra={"KVMD_GUEST": name})
+
+    async def _load_driver(self, name: str, key: str) -> None:
+        """A guest may be started before any pass has seen its file."""
+        found = modules.observe(self._guests.services.tree, [vfio.MODULE])[vfio.MODULE]
+        if found.state == "available":
+            why = f"guest {name} is given {key}"
+            await self._applier.apply(LoadModule(name=vfio.MODULE, why=why))
 
     async def give_back(self, name: str) -> None:
         """Return what a guest that is off still holds. What fails is tried again by every pass."""

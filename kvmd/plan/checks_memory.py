@@ -9,6 +9,7 @@ from kvmd.plan import admission, ksm
 from kvmd.plan.entry import candidate, page_needs
 from kvmd.plan.hostreport import Finding, HostReport, fail, ok, skip, warn
 from kvmd.plan.hugepages import plan_hugepages
+from kvmd.plan.vfio import memlock_bytes
 from kvmd.units import Size
 
 KSM_DRIVERS = ("ksmtuned", "uksmd")
@@ -161,7 +162,14 @@ def memlock(report: HostReport) -> Iterator[Finding]:
             " > /etc/systemd/system/kvmd-guest@.service.d/memlock.conf && systemctl daemon-reload",
         )
     else:
-        yield ok(f"{shown} may be locked, and no guest needs more")
+        # a guest with a device of the host has all its memory pinned; kvmd and its unit raise the limit for it
+        given = sorted(
+            (name, memlock_bytes(guest) or 0) for name, guest in report.desired.guests.items() if guest.passthrough
+        )
+        raised = "".join(
+            f"; {name} gets {Size(amount).human()} for its devices of the host" for name, amount in given[:3]
+        )
+        yield ok(f"{shown} may be locked, and no guest needs more{raised}")
 
 
 def aio(report: HostReport) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from kvmd.plan import checks_machine, checks_memory, checks_network, checks_storage, checks_system
+from kvmd.plan import checks_devices, checks_machine, checks_memory, checks_network, checks_storage, checks_system
 from kvmd.plan.hostreport import Check, Finding, HostReport
 
 Judge = Callable[[HostReport], Iterator[Finding]]
@@ -16,6 +16,9 @@ CHECKS: Mapping[str, Judge] = {
     "nested": checks_machine.nested,
     "vhost-net": checks_machine.vhost_net,
     "tun": checks_machine.tun,
+    "modules": checks_devices.modules,
+    "iommu": checks_devices.iommu,
+    "passthrough": checks_devices.passthrough,
     "qemu": checks_machine.qemu,
     "qemu-sandbox": checks_machine.qemu_sandbox,
     "isolcpus": checks_machine.isolcpus,

@@ -190,11 +190,11 @@ def _pick(case: _Case, key: str, pool: str) -> None:
     if not free:
         holders = [f"{each.address} has {case.taken.get(each.address) or 'the host'}" for each in theirs]
         shown = f" ({', '.join(holders)})" if holders else ""
-        case.refuse(
-            key,
-            f"no virtual function of {pool} is free: there are {len(theirs)}{shown}",
-            f"raise sriov.{pool}.vfs in host.toml, or stop one of these guests",
-        )
+        declared = case.host.sriov[pool].vfs
+        hint = f"raise sriov.{pool}.vfs in host.toml, or stop one of these guests"
+        if len(theirs) < declared:
+            hint = f"kvmd-cli apply makes the {declared} that sriov.{pool}.vfs asks for"
+        case.refuse(key, f"no virtual function of {pool} is free: there are {len(theirs)}{shown}", hint)
         return
     reserved = case.facts.reservations
     case.chosen[key] = min(free, key=lambda each: (reserved.get(each.address) != case.name, each.driver == VFIO))

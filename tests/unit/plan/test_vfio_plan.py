@@ -195,6 +195,14 @@ def test_a_pool_that_is_used_up_says_by_whom() -> None:
     )
 
 
+def test_a_pool_that_no_pass_has_made_yet() -> None:
+    bare = tuple(replace(device, vfs=0) for device in WORLD if device.parent is None)
+    assert refusal(WITH_VF, host(), facts(*bare)) == (
+        "nic.fast: no virtual function of ens1 is free: there are 0 | "
+        "kvmd-cli apply makes the 3 that sriov.ens1.vfs asks for"
+    )
+
+
 def test_another_guest_in_the_group() -> None:
     said = refusal(WITH_GPU, host(GPU), facts(), taken={SOUND: "db"})
     assert "IOMMU group 14 of 0000:3b:00.0 also holds 0000:3b:00.1, which guest db has" in said
