@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
@@ -20,7 +20,8 @@ from kvmd.effects.laststart import described
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.tapscripts import TapScripts
 from kvmd.errors import HostFailed
-from kvmd.facts import Tbf, VlanRange
+from kvmd.facts import Tbf
+from kvmd.plan.vlans import VlanWish
 from kvmd.qemu.fds import FdRequest, ListenUnix, Memfd, OpenImage, OpenLog, OpenMemory, OpenTap, OpenVhostNet
 from kvmd.qemu.storage import ImageFact
 
@@ -34,7 +35,7 @@ class TapPlan:
     mtu: int | None  # None: the bridge's
     alias: str
     port_isolated: bool = False
-    vlans: Callable[[int], tuple[VlanRange, ...]] | None = None  # of a bridge that filters, by its default VLAN
+    vlans: VlanWish | None = None  # on a bridge that filters
     tbf: Tbf | None = None
     fenced: bool = False  # there are rules that must stand first
     plain: bool = False  # without IFF_VNET_HDR

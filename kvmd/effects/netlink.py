@@ -28,7 +28,7 @@ from kvmd.effects.taps import open_queues
 from kvmd.errors import Conflict, HostFailed, NotSupported
 from kvmd.facts import Link, Tbf, VlanRange
 from kvmd.plan.links import ALIAS, bridge_alias, bridge_mac, is_our_bridge, tap_mac
-from kvmd.plan.vlans import NO_KERNEL, entries_of, ranges_of, without
+from kvmd.plan.vlans import NO_KERNEL, VlanWish, entries_of, ranges_of, wanted_vlans, without
 from kvmd.units import Rate
 
 T = TypeVar("T")
@@ -368,13 +368,13 @@ class Netlink:
         alias: str,
         port_isolated: bool = False,
         queues: int = 1,
-        vlans: Callable[[int], tuple[VlanRange, ...]] | None = None,
+        vlans: VlanWish | None = None,
         tbf: Tbf | None = None,
     ) -> list[int]:
         """A new TAP, up and in `bridge`; one descriptor per queue, owned by the caller. It vanishes with the last one.
 
         Without `mtu` it has the bridge's: a bridge takes its lowest port's, unless it was told its own.
-        `vlans` of a bridge that filters: what the port carries, given the bridge's default VLAN.
+        `vlans` on a bridge that filters: what the port carries.
         Conflict if a link of that name exists; HostFailed if there is no TUN driver or no such bridge.
         """
         _checked(name)
@@ -403,7 +403,7 @@ class Netlink:
             raise
         return fds
 
-    async def _fence(self, name: str, index: int, bridge: str, vlans: Callable[[int], tuple[VlanRange, ...]]) -> None:
+    async def _fence(self, name: str, index: int, bridge: str, vlans: VlanWish) -> None:
         """A port that is still down: its bridge gave it the default VLAN, it gets its own."""
         there = await self.find(bridge)
         if there is None or there.default_pvid is None:
@@ -412,7 +412,7 @@ class Netlink:
             hint = f"ip link set {bridge} type bridge vlan_filtering 1"
             raise Conflict(f'TAP {name}: bridge "{bridge}" does not filter VLANs', hint=hint)
         given = (await self._port_vlans()).get(index, ())
-        await self._change_vlans(name, index, given, vlans(there.default_pvid))
+        await self._change_vlans(name, index, given, wanted_vlans(vlans, there.default_pvid))
 
     async def open_loose_tap(self, name: str, *, mtu: int | None, alias: str, queues: int, vnet_hdr: bool) -> list[int]:
         """A TAP that others plug in: the free one of that name as it is, or a new one, marked and still down."""

@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +46,7 @@ from kvmd.plan.links import tap_alias, tap_name
 from kvmd.plan.ports import has_fence, tbf_of
 from kvmd.plan.units import drop_in
 from kvmd.plan.vfio import Grant
-from kvmd.plan.vlans import wanted_vlans
+from kvmd.plan.vlans import VlanWish
 from kvmd.qemu import argv, explain, identity, verify
 from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
 from kvmd.qemu.fds import Launch
@@ -308,7 +307,7 @@ class Services:
                 mtu=network.network.mtu,
                 alias=tap_alias(wish.network, name, nic),
                 port_isolated=network.network.guests_isolated,
-                vlans=partial(wanted_vlans, wish) if network.network.vlan_filtering else None,
+                vlans=VlanWish.of(wish) if network.network.vlan_filtering else None,
                 tbf=tbf_of(wish.rate_in),
                 fenced=has_fence(wish),
             )

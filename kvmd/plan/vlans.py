@@ -7,6 +7,7 @@ re-asserted like the rules. kvmd switches filtering on on bridges it makes; on o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
 
 from kvmd.actions import SetPortVlans
 from kvmd.config.devices import Nic
@@ -21,7 +22,21 @@ DEFAULT_PVID = 1  # of a bridge nobody told otherwise (net/bridge/br_vlan.c, br_
 NO_KERNEL = "this kernel has no VLAN filtering on bridges (CONFIG_BRIDGE_VLAN_FILTERING)"
 
 
-def wanted_vlans(nic: Nic, default_pvid: int) -> tuple[VlanRange, ...]:
+@dataclass(frozen=True, slots=True)
+class VlanWish:
+    """The VLAN keys of one NIC: data, for they are written down with a guest's start."""
+
+    vlan: int | None
+    vlans: tuple[int, ...]
+    native_vlan: int | None
+
+    @classmethod
+    def of(cls, nic: Nic) -> VlanWish:
+        """What its file says."""
+        return cls(nic.vlan, nic.vlans, nic.native_vlan)
+
+
+def wanted_vlans(nic: Nic | VlanWish, default_pvid: int) -> tuple[VlanRange, ...]:
     """What the port of this NIC shall carry; without keys what the bridge gives to any port."""
     if nic.vlan is not None:
         return (VlanRange(nic.vlan, nic.vlan, pvid=True, untagged=True),)
