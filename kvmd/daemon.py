@@ -286,6 +286,8 @@ async def _reconcile(manager: Manager, actor: str) -> None:
         _log.error("reconcile: %s", error)
         return
     for problem in report.plan.problems:
+        if problem.needs:
+            continue  # nothing a pass could do better; `kvmd-cli plan` shows it
         _log.warning("%s: %s", problem.subject, problem.message)
 
 

@@ -29,7 +29,7 @@ from kvmd.actions import (
     WriteKernelArgs,
 )
 from kvmd.config.desired import Loaded
-from kvmd.effects import nft, threads
+from kvmd.effects import nextboot, nft, threads
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind, uplink_key
@@ -45,6 +45,7 @@ from kvmd.plan.entry import Entry, growth
 from kvmd.plan.host import Plan, plan, plan_pools
 from kvmd.plan.kernelargs import KernelArguments
 from kvmd.plan.nfttable import PORTS, difference
+from kvmd.plan.reboot import Difference, after_reboot
 from kvmd.plan.release import plan_release, refusal
 from kvmd.plan.yielding import Yielded
 from kvmd.units import CpuSet
@@ -130,6 +131,13 @@ class Manager:
             prune=prune,
             retake=retake,
         )
+
+    async def after_reboot(self) -> tuple[Difference, ...]:
+        """What a reboot of the host would change."""
+        services = self.services
+        boot = nextboot.observe(services.tree)
+        facts = await self.observe()
+        return after_reboot(services.loaded.desired, facts, boot, macs=services.macs(), uuids=services.uuids())
 
     def _original_pools(self, boot_id: str) -> dict[tuple[int, int], int]:
         """Pages of (node, page size) before kvmd first changed them in this boot."""

@@ -12,6 +12,12 @@ from kvmd.cli.arguments import Parsed
 from kvmd.cli.session import Session
 from kvmd.errors import Refused, TimedOut, Unreachable
 
+_DRIFTS = {
+    "running": "running otherwise than declared (kvmd-cli apply restarts them)",
+    "host": "the host otherwise than declared (kvmd-cli plan)",
+    "yielded": "left to whoever changed it (kvmd-cli apply takes it back)",
+}
+
 
 def status(session: Session, _parsed: Parsed) -> int:
     """How kvmd is."""
@@ -21,14 +27,17 @@ def status(session: Session, _parsed: Parsed) -> int:
 
 
 def _status(found: Mapping[str, Any], *, now: float, on: bool) -> str:
-    drift = f"{found['drift']} actions to do (kvmd-cli plan)" if found["drift"] else "none"
+    drifts = found["drifts"]
+    counts = [f"{kind} {drifts[kind]['count']}" for kind in _DRIFTS if drifts[kind]["count"]]
     lines = [f"kvmd {found['version']}, pid {found['pid']}, up for {render.age(now - found['since'])}"]
     lines += render.fields(
         ("guests", f"{found['guests_running']} of {found['guests_total']} run"),
-        ("drift", drift),
+        ("drift", ", ".join(counts) or "none"),
         ("tuning", found["tuning_mode"]),
         ("supervisor", found["supervisor"]),
     )
+    for kind, title in _DRIFTS.items():
+        lines += _some(title, drifts[kind])
     if found["networks"]:
         rows = [(n["name"], n["mode"], n["bridge"] or "-", n["state"]) for n in found["networks"]]
         bad = {(number, 3): render.RED for number, row in enumerate(rows) if row[3] != "up"}
@@ -36,6 +45,15 @@ def _status(found: Mapping[str, Any], *, now: float, on: bool) -> str:
     if found["faults"]:
         lines += ["", *(render.fault(fault) for fault in found["faults"])]
     return "\n".join(lines)
+
+
+def _some(title: str, kind: Mapping[str, Any]) -> list[str]:
+    """One kind of drift: how much, and the first lines."""
+    if not kind["count"]:
+        return []
+    more = kind["count"] - len(kind["first"])
+    lines = ["", f"{title}:", *(f"  {render.clean(line)}" for line in kind["first"])]
+    return [*lines, f"  and {more} more"] if more else lines
 
 
 def facts(session: Session, _parsed: Parsed) -> int:

@@ -11,17 +11,29 @@ from kvmd.cli.session import Session
 from kvmd.errors import ConfigInvalid, PartlyFailed, Refused
 
 SOMETHING_TO_DO = 10  # what `plan` exits with
+PASS_PATIENCE_S = 600.0  # cron comes again; a pile of processes behind a pass that hangs helps nobody
 _ALL = frozenset({"guest", "network", "host"})
 
 
-def plan(session: Session, _parsed: Parsed) -> int:
+def plan(session: Session, parsed: Parsed) -> int:
     """What apply would do. Exit 10 when there is something, 8 when there is nothing but the files have faults."""
+    if parsed.on("--reboot"):
+        return _reboot(session)
     found = session.call("host.plan")
     session.result(found, lambda: render.plan(found, on=session.colours))
     _remarks(session, found, grouped=True)
     if not found["actions"] and not session.json:
         session.say("nothing to do")
     return SOMETHING_TO_DO if found["actions"] else _faulty(found)
+
+
+def _reboot(session: Session) -> int:
+    """What a reboot of the host would change."""
+    found = session.call("host.plan", reboot=True)
+    session.result(found, lambda: render.reboot(found["reboot"], on=session.colours))
+    if not found["reboot"] and not session.json:
+        session.say("a reboot changes nothing")
+    return SOMETHING_TO_DO if found["reboot"] else 0
 
 
 def apply(session: Session, parsed: Parsed) -> int:
@@ -68,7 +80,7 @@ def reconcile(session: Session, parsed: Parsed) -> int:
         session.result(found, lambda: _shown(session, [a for a in found["actions"] if a["disruption"] == "none"]))
         _remarks(session, found)
         return _faulty(found)
-    done = session.call("host.reconcile", None)
+    done = session.call("host.reconcile", PASS_PATIENCE_S)
     quiet = parsed.on("--quiet")
     code = _finish(session, done, quiet=quiet)
     if done["outcomes"] and done["skipped"] and not quiet and not session.json:

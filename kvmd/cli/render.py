@@ -222,6 +222,26 @@ def admissions(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["memory:", *(f"  {clean(one['line'])}" for one in found)]) if found else ""
 
 
+_AFTER_REBOOT = {
+    "guest": "guests that start, or do not come back",
+    "pending": "changes that come with it",
+    "kernel": "the kernel's command line",
+    "remade": "gone with the boot, made again by kvmd",
+    "gone": "gone with the boot",
+    "problem": "not to be had then either",
+}
+
+
+def reboot(found: Sequence[Mapping[str, Any]], *, on: bool) -> str:
+    """What a reboot changes, by kind."""
+    lines: list[str] = []
+    for kind, title in _AFTER_REBOOT.items():
+        group = [one for one in found if one["kind"] == kind]
+        if group:
+            lines += [f"{title}:", *(f"  {action(one, on=on)}" for one in group)]
+    return "\n".join(lines)
+
+
 def yielded(knob: Mapping[str, Any]) -> str:
     """A tuning knob that is somebody else's now."""
     return f"= {clean(knob['path'])}: {clean(knob['theirs'])}, left to whoever set it; kvmd wrote {clean(knob['ours'])}"

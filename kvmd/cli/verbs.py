@@ -51,7 +51,7 @@ _FILES = (
     Verb("check", "files", "everything that is wrong with the files", "kvmd.cli.offline:check",
          (Positional("DIR", of="directory", optional=True),), offline=True),
     Verb("plan", "files", "what apply would do, and why; exits 10 when there is something", "kvmd.cli.passes:plan",
-         ()),
+         (), (Option("--reboot", "what a reboot of the host would change instead"),)),
     Verb("apply", "files", "make host and guests as the files say, after asking", "kvmd.cli.passes:apply", (),
          (Option("--prune", "also remove what no file mentions any more"),), changes=True),
     Verb("reconcile", "files", "the same for cron: only what disturbs nobody", "kvmd.cli.passes:reconcile", (),

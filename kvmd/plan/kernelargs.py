@@ -8,7 +8,7 @@ be had at boot alone: `hugepagesz=1G hugepages=`. What is there and enough is le
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kvmd.actions import Action, Disruption, Problem, WriteKernelArgs
@@ -90,10 +90,12 @@ def kernel_arguments(desired: Desired, facts: Facts, also: Iterable[KernelWord] 
 
 
 def plan_kernel_args(desired: Desired, facts: Facts) -> tuple[tuple[Action, ...], tuple[Problem, ...]]:
-    """With cpu.kernel_args = "write": the drop-in as it should be, and what waits for a reboot."""
-    if desired.host.cpu.kernel_args != "write":
+    """With cpu.kernel_args = "write": the drop-in as it should be. Always: what only a reboot would bring."""
+    if desired.host.cpu.kernel_args != "write" and not _is_any_wanted(desired):
         return (), ()
     found = kernel_arguments(desired, facts)
+    if desired.host.cpu.kernel_args != "write":
+        return (), tuple(_advice(found, desired, facts))
     problems = [*found.problems]
     if facts.boot.loader != "grub":
         if found.missing:
@@ -110,9 +112,42 @@ def plan_kernel_args(desired: Desired, facts: Facts) -> tuple[tuple[Action, ...]
     waiting = " ".join(word.wanted for word in found.missing if word.wanted in found.drop_in)
     if waiting and action is None:
         problems.append(
-            Problem("kernel arguments", f"{waiting} wait for a reboot", f"{COMMANDS['grub']}, then reboot the host")
+            Problem(
+                "kernel arguments",
+                f"{waiting} wait for a reboot",
+                f"{COMMANDS['grub']}, then reboot the host",
+                needs="reboot",
+            )
         )
     return ((action,) if action else ()), tuple(problems)
+
+
+def _is_any_wanted(desired: Desired) -> bool:
+    """Whether a reboot may have to be advised; finding out places every guest, which nobody should pay for in vain."""
+    return _is_isolation_required(desired) or any(PAGE_SIZES[text] == GIB for text in desired.host.hugepages)
+
+
+def _is_isolation_required(desired: Desired) -> bool:
+    """Whether some guest cannot do without; "prefer" is content with what the running kernel has."""
+    return any(guest.cpu.isolated == "require" for guest in desired.guests.values())
+
+
+def _advice(found: KernelArguments, desired: Desired, facts: Facts) -> Iterator[Problem]:
+    """What is missing and cannot be had while the host runs. Pages that are there need no word of the kernel's."""
+    pages = sum(pool.total for pool in facts.hugepages if pool.page_bytes == GIB)
+    for word in found.missing:
+        if word.key == "hugepages":
+            counts = word.wanted.rpartition("=")[2].split(",")
+            if pages >= sum(int(count.rpartition(":")[2]) for count in counts):
+                continue
+        elif not _is_isolation_required(desired):
+            continue
+        yield Problem(
+            "kernel arguments",
+            f"{word.wanted} would do it: {word.why}",
+            "kvmd-cli host kernel-args --write, then reboot the host",
+            needs="reboot",
+        )
 
 
 def write_action(found: KernelArguments, line: BootLine, why: str) -> WriteKernelArgs | None:

@@ -13,7 +13,7 @@ from kvmd.plan.network import FORWARDING, FORWARDING6
 from kvmd.plan.nfttable import PORTS
 
 
-def needed_by(kind: str, subject: str, original: str, facts: Facts) -> tuple[str, ...]:
+def needed_by(kind: str, subject: str, original: str, new: str, facts: Facts) -> tuple[str, ...]:
     """Names of running guests that need what the journal calls `kind:subject`."""
     ours = {link.name for link in facts.links if is_our_bridge(link)}
     match kind:
@@ -21,6 +21,8 @@ def needed_by(kind: str, subject: str, original: str, facts: Facts) -> tuple[str
             return _in_pages(subject, int(original), facts)
         case "bridge":
             return _plugged(facts, lambda link, _network: link.master == subject)
+        case "vfio":
+            return (new,) if any(guest.name == new for guest in facts.guests) else ()
         case "dnsmasq":
             return _plugged(facts, lambda _link, network: network == subject)
         case "ruleset" if subject == PORTS:

@@ -68,7 +68,7 @@ def plan_release(entries: Iterable[tuple[str, str, str, str]], facts: Facts) -> 
         if kind in ("vfio_group", "tap_script"):
             continue  # one goes back with the last function of its group, the other with its guest
         undo = _undo(kind, subject, original, new, facts)
-        undos.append(replace(undo, needed_by=needed_by(kind, subject, original, facts)) if undo.action else undo)
+        undos.append(replace(undo, needed_by=needed_by(kind, subject, original, new, facts)) if undo.action else undo)
     return tuple(reversed(undos))
 
 

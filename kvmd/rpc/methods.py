@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from kvmd import __version__
-from kvmd.actions import AnyAction, Disruption, Outcome, Problem
+from kvmd.actions import AnyAction, Disruption, Outcome, Problem, RestartGuest
 from kvmd.config.desired import Fault
 from kvmd.effects.records import WantedState
 from kvmd.guest.lifecycle import ALIVE
@@ -25,8 +25,10 @@ from kvmd.plan import kernelargs
 from kvmd.plan.admission import Account
 from kvmd.plan.cpumap import GuestSeats, cpu_map
 from kvmd.plan.groups import when
+from kvmd.plan.host import Plan
 from kvmd.plan.links import tap_name
 from kvmd.plan.pagemap import page_map
+from kvmd.plan.reboot import Difference
 from kvmd.plan.yielding import Yielded
 from kvmd.rpc import results
 from kvmd.rpc.protocol import RawJson
@@ -35,6 +37,7 @@ from kvmd.rpc.registry import Call, Handler, NoParams, Registry
 if TYPE_CHECKING:
     from kvmd.tuning.agent import Agent
 
+FIRST_LINES = 5  # of each kind of drift, in daemon.status
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
@@ -206,12 +209,14 @@ class Methods:
         """What a pass would do now, with the reason of each action, whom it disturbs and when it takes effect"""
         loaded = await self._manager.guests.refresh()
         plan = await self._manager.plan(retake=params.retake)
+        reboot = await self._manager.after_reboot() if params.reboot else None
         return results.Plan(
             actions=tuple(_action(action) for action in plan.actions),
             problems=_problems(plan.problems),
             yielded=_yielded(plan.yielded),
             admissions=_admissions(plan.admissions),
             faults=_faults(loaded.faults),
+            reboot=None if reboot is None else tuple(_difference(each) for each in reboot),
         )
 
     async def host_admission(self, params: results.AdmissionParams, _call: Call) -> results.Admissions:
@@ -305,6 +310,7 @@ class Methods:
     async def daemon_status(self, _params: NoParams, _call: Call) -> results.DaemonStatus:
         """How kvmd is: guests, networks, faults in the files, drift"""
         services = self._manager.services
+        await self._manager.guests.refresh()
         plan = await self._manager.plan()
         supervisors = self._listed()
         troubled = {problem.subject for problem in plan.problems}
@@ -326,7 +332,16 @@ class Methods:
                 for name, network in services.loaded.desired.networks.items()
             ),
             drift=len(plan.actions),
+            drifts=self._drifts(plan),
             tuning_mode=services.loaded.desired.host.tuning.mode,
+        )
+
+    def _drifts(self, plan: Plan) -> results.Drift:
+        pending = {supervisor.name: self._manager.guests.pending(supervisor) for supervisor in self._listed()}
+        return results.Drift(
+            running=_kind_of_drift([f"{name}: {', '.join(keys)}" for name, keys in sorted(pending.items()) if keys]),
+            host=_kind_of_drift([a.line() for a in plan.actions if not isinstance(a, RestartGuest)]),
+            yielded=_kind_of_drift([knob.line() for knob in plan.yielded]),
         )
 
     async def daemon_version(self, _params: NoParams, _call: Call) -> results.DaemonVersion:
@@ -336,6 +351,14 @@ class Methods:
     async def daemon_ping(self, _params: NoParams, _call: Call) -> results.Pong:
         """The time, to show that it answers"""
         return results.Pong(time=self._manager.services.now())
+
+
+def _kind_of_drift(lines: Sequence[str]) -> results.DriftKind:
+    return results.DriftKind(count=len(lines), first=tuple(lines[:FIRST_LINES]))
+
+
+def _difference(found: Difference) -> results.DifferenceShape:
+    return results.DifferenceShape(kind=found.kind.value, line=found.line, why=found.why)
 
 
 def _action(action: AnyAction) -> results.ActionShape:

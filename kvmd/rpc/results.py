@@ -212,6 +212,15 @@ class PlanParams(Shape):
     """Whose plan: of `host.reconcile`, or with `retake` of `host.apply`."""
 
     retake: bool = Field(default=False, description="also write tuning knobs that somebody else changed")
+    reboot: bool = Field(default=False, description="also say what a reboot of the host would change")
+
+
+class DifferenceShape(Shape):
+    """One thing that will differ after a reboot of the host."""
+
+    kind: Literal["guest", "pending", "kernel", "remade", "gone", "problem"]
+    line: str = Field(description="as a plan shows it")
+    why: str
 
 
 class Plan(Shape):
@@ -222,6 +231,9 @@ class Plan(Shape):
     yielded: tuple[YieldedShape, ...]
     admissions: tuple[AdmissionShape, ...] = Field(description="of the guests that would be started")
     faults: tuple[FaultShape, ...]
+    reboot: tuple[DifferenceShape, ...] | None = Field(
+        default=None, description="what a reboot would change; null when that was not asked"
+    )
 
 
 class ApplyParams(Shape):
@@ -476,6 +488,21 @@ class NetworkShape(Shape):
     state: str
 
 
+class DriftKind(Shape):
+    """How much of one kind of drift there is, and the first of it."""
+
+    count: int
+    first: tuple[str, ...] = Field(description="at most 5 lines")
+
+
+class Drift(Shape):
+    """Three kinds of drift, told apart."""
+
+    running: DriftKind = Field(description="guests that run otherwise than their files say: only a restart mends it")
+    host: DriftKind = Field(description="what a pass would do")
+    yielded: DriftKind = Field(description="tuning knobs left to whoever changed them")
+
+
 class DaemonStatus(Shape):
     """How kvmd itself is."""
 
@@ -488,6 +515,7 @@ class DaemonStatus(Shape):
     faults: tuple[FaultShape, ...]
     networks: tuple[NetworkShape, ...]
     drift: int = Field(description="actions a plan would have now")
+    drifts: Drift
     tuning_mode: str
 
 

@@ -46,9 +46,10 @@ def everything(*, merging: str = "kvmd") -> Desired:
             "hugepages": {"2MiB": {"pages": "auto", "spare": "32MiB"}, "1GiB": {"pages": {"node1": 2}}},
             "ksm": {"mode": merging, "across_nodes": False} | _MERGING,
             "thp": {"enabled": "madvise", "defrag": "defer", "shmem_enabled": "advise", "khugepaged_defrag": False},
-            "cpu": {"irq_affinity": "housekeeping"},
+            "cpu": {"irq_affinity": "housekeeping", "kernel_args": "write"},
             "swap": {"swappiness": 10, "file": {"size": "8GiB"}, "zram": {"size": "1GiB"}},
             "modules": {"load": ["vhost_net"]},
+            "sriov": {"eno2": {"vfs": 4}},
         }
     )
     return Desired(

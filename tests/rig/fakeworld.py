@@ -15,6 +15,7 @@ from kvmd.actions import (
     Action,
     AnyAction,
     AttachUplink,
+    BindDevice,
     DetachUplink,
     Disruption,
     EnableGuest,
@@ -24,6 +25,7 @@ from kvmd.actions import (
     LoadModule,
     MountHugetlbfs,
     PinGuest,
+    ReleaseDevice,
     RemoveBridge,
     RemoveSwapFile,
     RemoveZram,
@@ -32,6 +34,7 @@ from kvmd.actions import (
     SetHugepages,
     SetLink,
     SetPortVlans,
+    SetVfs,
     ShapePort,
     StartDnsmasq,
     StartGuest,
@@ -59,6 +62,7 @@ from kvmd.facts import (
     Memory,
     MemoryPath,
     Module,
+    PciDevice,
     Process,
     RunningGuest,
     SwapArea,
@@ -83,6 +87,8 @@ from kvmd.units import CpuSet
 from tests.rig.hosts import GIB, MIB, topology
 
 BOOT = "boot-1"
+NIC = PciDevice("0000:3b:00.0", 0x020000, driver="ixgbe", group=1, node=0, total_vfs=8, links=("eno2",))
+GPU = PciDevice("0000:41:00.0", 0x030000, driver="nouveau", group=2, node=1)
 SWAP_FILE = "/var/lib/kvmd/swap"  # the default of swap.file.path
 ALL = frozenset(Disruption)
 KERNEL_RATE = "100"  # pages_to_scan after the kernel's advisor was left
@@ -139,9 +145,10 @@ def fresh(*, total: int = 64 * GIB, units: bool = True) -> Facts:
         hugepages=tuple(HugepagePool(node, size, 0, 0) for node in (0, 1) for size in (2 * MIB, GIB)),
         knobs=dict(KNOBS),
         interrupts=INTERRUPTS,
-        boot=BootLine("quiet", None, "grub"),
         modules=dict(MODULES),
         nodes=frozenset({"/dev/vfio/vfio", "/dev/vhost-net"}),
+        boot=BootLine(cmdline="BOOT_IMAGE=/vmlinuz quiet", loader="grub"),
+        pci=(NIC, GPU),
         memory_paths=(MemoryPath("/mnt/pages", "directory"),),
         swaps=(SwapArea("/dev/sda2", 4 * GIB, 0, -2),),
         swap_files=(SwapFile(SWAP_FILE, free_bytes=100 * GIB),),
@@ -381,6 +388,8 @@ class FakeWorld:
         lines += sorted(f"link {replace(link, index=0)}" for link in facts.links)
         lines += [f"nft {facts.nft}, {facts.nft_ports}"]
         lines += sorted(f"module {name} {found.state}" for name, found in facts.modules.items())
+        lines += sorted(f"{device}" for device in facts.pci or ())
+        lines.append(f"kernel arguments {facts.boot.drop_in}")
         lines += sorted(f"swap to {area}" for area in facts.swaps or ())
         lines += sorted(f"memory path {path}" for path in facts.memory_paths)
         lines += sorted(f"dnsmasq {server.network} {server.config_sha256}" for server in facts.dnsmasq)
@@ -504,6 +513,37 @@ def _remove_zram(world: FakeWorld, action: RemoveZram) -> None:
 def _swaps(world: FakeWorld, path: str, area: SwapArea | None) -> tuple[SwapArea, ...]:
     rest = tuple(one for one in world.facts.swaps or () if one.path != path)
     return (*rest, area) if area else rest
+
+
+def _set_vfs(world: FakeWorld, action: SetVfs) -> None:
+    key = records.sriov_key(action.device)
+    world.journal(key, f"{action.old},1", str(action.new), action.why)
+    devices = [one for one in world.facts.pci or () if one.parent != action.device]
+    devices = [replace(one, vfs=action.new) if one.address == action.device else one for one in devices]
+    devices += [PciDevice(f"0000:3b:10.{n}", 0x020000, parent=action.device, index=n) for n in range(action.new)]
+    before = {e.subject: int(e.original.split(",")[0]) for e in world.facts.journal if e.kind == "sriov"}
+    world.change(pci=tuple(devices), vfs_before=before)
+
+
+def _bind_device(world: FakeWorld, action: BindDevice) -> None:
+    world.journal(records.vfio_key(action.device), action.driver or "", action.guest, action.why)
+    devices = (
+        replace(one, driver="vfio-pci", override="vfio-pci") if one.address == action.device else one
+        for one in world.facts.pci or ()
+    )
+    taken = {**world.facts.reservations, action.device: action.guest}
+    world.change(pci=tuple(devices), reservations=taken)
+
+
+def _release_device(world: FakeWorld, action: ReleaseDevice) -> None:
+    was = {entry.subject: entry.original for entry in world.facts.journal if entry.kind == "vfio"}
+    devices = (
+        replace(one, driver=was.get(action.device) or None, override=None) if one.address == action.device else one
+        for one in world.facts.pci or ()
+    )
+    left = {device: guest for device, guest in world.facts.reservations.items() if device != action.device}
+    world.change(pci=tuple(devices), reservations=left)
+    world.forget(records.vfio_key(action.device))
 
 
 def _ensure_bridge(world: FakeWorld, action: EnsureBridge) -> None:
@@ -650,6 +690,9 @@ def _enable_guest(world: FakeWorld, action: EnableGuest) -> None:
 EFFECTS: Mapping[type[Action], Callable[[FakeWorld, Any], None]] = {
     WriteKnob: _write_knob,
     WriteKernelArgs: _write_kernel_args,
+    SetVfs: _set_vfs,
+    BindDevice: _bind_device,
+    ReleaseDevice: _release_device,
     SetHugepages: _set_hugepages,
     MountHugetlbfs: _mount_hugetlbfs,
     UnmountHugetlbfs: _unmount_hugetlbfs,

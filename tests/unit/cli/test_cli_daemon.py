@@ -235,7 +235,12 @@ class TestResults:
             "daemon.status": {
                 "version": "9", "pid": 1, "since": 0.0, "supervisor": "direct", "guests_total": 2, "guests_running": 1,
                 "faults": [FAULT], "networks": [{"name": "lan", "mode": "nat", "bridge": "kvlan", "state": "up"}],
-                "drift": 3, "tuning_mode": "advise",
+                "drift": 7, "tuning_mode": "advise",
+                "drifts": {
+                    "running": {"count": 1, "first": ["web: memory.size"]},
+                    "host": {"count": 7, "first": ["~ /sys/x: 0 -> 1", "b", "c", "d", "e"]},
+                    "yielded": {"count": 0, "first": []},
+                },
             },
             "host.facts": {"memory": {"total_bytes": 1 << 30}},
             "tune.status": {"mode": "advise", "host_state": "OK", "host": host, "guests": [row], "last": [decision]},
@@ -244,7 +249,18 @@ class TestResults:
             "daemon.version": {"version": "9"},
         }  # fmt: skip
         for line, words in (
-            ("status", ["1 of 2 run", "3 actions", "kvlan", "guests.d/web.toml:14"]),
+            (
+                "status",
+                [
+                    "1 of 2 run",
+                    "running 1, host 7\n",
+                    "kvlan",
+                    "guests.d/web.toml:14",
+                    "  web: memory.size\n",
+                    "  ~ /sys/x: 0 -> 1\n",
+                    "  and 2 more",
+                ],
+            ),
             ("host facts", ["total_bytes: 1 GiB"]),
             ("tune status", ["mode advise, host OK (quiet)", "512 MiB", "inflate web: 2 GiB -> 1 GiB  [advice only]"]),
             ("tune explain web", ["db starves", "considered: nas: busy", "limited by: the floor"]),
@@ -290,6 +306,22 @@ class TestPasses:
         assert "= /sys/x: 0, left to whoever set it; kvmd wrote 1" in seen.err
         assert cli(daemon, "apply", "--dry-run") == 0
         assert [asked["retake"] for asked in daemon.asked("host.plan")[1:]] == [True]
+
+    def test_plan_for_a_reboot(self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+        found = plan(KNOB) | {"reboot": []}
+        daemon.answers["host.plan"] = found
+        assert cli(daemon, "plan", "--reboot") == 0
+        assert capsys.readouterr() == ("", "a reboot changes nothing\n")
+        found["reboot"] = [
+            {"kind": "remade", "line": "+ bridge kvlan", "why": "networks.d"},
+            {"kind": "guest", "line": "+ guest db: starts", "why": "start.auto"},
+        ]
+        assert cli(daemon, "plan", "--reboot") == 10
+        assert capsys.readouterr().out == (
+            "guests that start, or do not come back:\n  + guest db: starts  (start.auto)\n"
+            "gone with the boot, made again by kvmd:\n  + bridge kvlan  (networks.d)\n"
+        )
+        assert [asked["reboot"] for asked in daemon.asked("host.plan")] == [True, True]
 
     def test_apply_without_a_person_refuses_what_disturbs(
         self, daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]

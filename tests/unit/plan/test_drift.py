@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from kvmd.actions import WriteKnob
-from kvmd.facts import GuestUnit, Link, MemoryPath, Module, Thread
+from kvmd.facts import GuestUnit, JournalEntry, Link, MemoryPath, Module, Thread
 from kvmd.plan.interrupts import DEFAULT as DEFAULT_IRQ
 from kvmd.plan.ksm import KSM, SWAPPINESS, THP
 from kvmd.plan.links import bridge_alias, bridge_mac, tap_name
@@ -16,7 +16,7 @@ from kvmd.plan.network import FORWARDING
 from kvmd.plan.ports import tbf_of
 from kvmd.units import Rate
 from tests.rig.fakewishes import everything
-from tests.rig.fakeworld import SWAP_FILE, FakeWorld
+from tests.rig.fakeworld import BOOT, GPU, SWAP_FILE, FakeWorld
 from tests.rig.hosts import GIB, MIB
 
 
@@ -98,6 +98,7 @@ def served(network: str, digest: str | None) -> Callable[[FakeWorld], None]:
     return do
 
 
+KERNEL_WORDS = "isolcpus=managed_irq,domain,1-2 nohz_full=1-2 rcu_nocbs=1-2 irqaffinity=0,4 hugepagesz=1G hugepages=1:2"
 DRIFTS = (
     # knobs: what the tuning agent and the files tune
     knob(f"{KSM}/run", "0", "1"),
@@ -132,6 +133,25 @@ DRIFTS = (
         "unmounted",
         lambda world: world.drift(memory_paths=(MemoryPath("/mnt/pages", "directory"),)),
         ("+ hugetlbfs /mnt/pages: 2MiB pages, at most 64MiB",),
+    ),
+    Drift(
+        "virtual functions gone",
+        lambda world: world.drift(pci=tuple(replace(d, vfs=0) for d in world.facts.pci or () if d.parent is None)),
+        ("~ eno2: 0 -> 4 virtual functions",),
+    ),
+    Drift(
+        "a guest's device left bound",
+        lambda world: world.drift(
+            pci=tuple(replace(d, driver="vfio-pci") if d.address == GPU.address else d for d in world.facts.pci or ()),
+            reservations={GPU.address: "gone"},
+            journal=(*world.facts.journal, JournalEntry(f"vfio:{GPU.address}", "nouveau", "gone", BOOT, "")),
+        ),
+        (f"~ pci {GPU.address}: back from guest gone",),
+    ),
+    Drift(
+        "drop-in of the boot loader edited",
+        lambda world: world.drift(boot=replace(world.facts.boot, drop_in='GRUB_CMDLINE_LINUX="quiet"\n')),
+        (f"~ /etc/default/grub.d/50-kvmd.cfg: {KERNEL_WORDS}",),
     ),
     # links
     link("kvlan", "~ bridge kvlan: down -> up", up=False),
@@ -203,7 +223,7 @@ DRIFTS = (
 def settled(merging: str) -> FakeWorld:
     world = FakeWorld()
     world.settle(everything(merging=merging), passes=2)
-    assert not world.plan().problems
+    assert {problem.needs for problem in world.plan().problems} == {"reboot"}
     return world
 
 

@@ -55,8 +55,8 @@ def test_a_guest_without_network_and_pages_of_ours_stands_in_nobody_s_way() -> N
 
 
 def test_pages_that_were_there_before_kvmd_are_not_needed_from_it(world: FakeWorld) -> None:
-    assert needed_by("hugepages", POOL, "0", world.facts) == ("web",)
-    assert needed_by("hugepages", POOL, "64", world.facts) == (), "web's 64 pages were there already"
+    assert needed_by("hugepages", POOL, "0", "9", world.facts) == ("web",)
+    assert needed_by("hugepages", POOL, "64", "99", world.facts) == (), "web's 64 pages were there already"
 
 
 def test_what_a_dead_guest_left_behind_is_nobody_s(world: FakeWorld) -> None:

@@ -18,7 +18,8 @@ def test_every_kind_of_effect_can_be_undone() -> None:
     """plan/release.py answers for each kind that is journalled; "written by another version" is for none of ours."""
     from kvmd.plan.release import plan_release
 
-    subjects = {EffectKind.HUGEPAGES: "0:2097152"}
+    subjects = {EffectKind.HUGEPAGES: "0:2097152", EffectKind.VFIO_GROUP: "1"}
     for kind in EffectKind:
-        (undo,) = plan_release([(kind, subjects.get(kind, "x"), "0", "1")], fakeworld.fresh())
-        assert undo.kept is None or "another version" not in undo.kept, kind
+        original = "0,1" if kind == EffectKind.SRIOV else "0"
+        for undo in plan_release([(kind, subjects.get(kind, "x"), original, "1")], fakeworld.fresh()):
+            assert undo.kept is None or "another version" not in undo.kept, kind
