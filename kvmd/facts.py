@@ -454,6 +454,7 @@ class Facts:
     vlan_filtering: bool | None = None  # whether bridges can; None: not known before there is one
     ra_uplinks: tuple[str, ...] = ()  # links whose IPv6 default route ends when this host forwards IPv6
     nft: str | None = None  # fingerprint comment of our table of networks, None: there is none
+    foreign_rules: str | None = None  # nft's JSON of other tables that see forwarded packets; None: not looked at
     nft_ports: str | None = None  # the same of our table of ports
     listeners: tuple[Listener, ...] = ()  # looked at only where a port is forwarded
     dnsmasq: tuple[Dnsmasq, ...] = ()

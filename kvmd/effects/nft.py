@@ -6,12 +6,14 @@ The replacement is one `nft -f -`, which the kernel carries out wholly or not at
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
 
 from kvmd.actions import ReplaceRuleset
 from kvmd.errors import HostFailed
+from kvmd.plan.firewall import forwarding_tables
 from kvmd.plan.nfttable import read_fingerprint, remove_text
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -76,6 +78,22 @@ async def replace(action: ReplaceRuleset) -> None:
         raise HostFailed("nft is not installed", hint="apt-get install nftables")
     if done.returncode:
         raise _refused(f"table {action.table}", done)
+
+
+async def list_foreign() -> str | None:
+    """Other tables that see forwarded packets, as JSON; None where they cannot be listed. Raises HostFailed.
+
+    Chains are listed first: a table that only translates (Kubernetes' has tens of thousands of rules) is left out.
+    """
+    done = await asyncio.to_thread(_run, ("-j", "list", "chains"))
+    if done is None or done.returncode:
+        return None
+    items: list[object] = []
+    for table in forwarding_tables(done.stdout):
+        listed = await asyncio.to_thread(_run, ("-j", "list", "table", *table.split()))
+        if listed is not None and not listed.returncode:  # gone meanwhile: it drops nothing
+            items += json.loads(listed.stdout)["nftables"]
+    return json.dumps({"nftables": items})
 
 
 async def list_ruleset() -> str:

@@ -86,6 +86,7 @@ class HostObserver:
             default_links=default_links(self.tree) if over_nics else frozenset(),
             ra_uplinks=ra_uplinks(self.tree) if with_networks else (),
             nft=await nft.observe(NETWORKS) if with_networks else None,
+            foreign_rules=await nft.list_foreign() if desired.networks else None,
             nft_ports=await nft.observe(PORTS) if with_fences else None,
             listeners=listeners.observe(self.tree) if any(net.forward for net in desired.networks.values()) else (),
             dnsmasq=self.dnsmasqs.observe(),

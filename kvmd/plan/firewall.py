@@ -12,12 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvmd.actions import Problem
+from kvmd.config.network import Network, bridge_name, is_forwarding
+from kvmd.facts import Facts
+
 BRIDGE_NF = (
     "/proc/sys/net/bridge/bridge-nf-call-iptables",
     "/proc/sys/net/bridge/bridge-nf-call-ip6tables",
 )
 _OURS = ("inet", "kvmd")
-_FAMILIES = ("ip", "inet")  # where IPv4 packets pass
+FAMILIES = frozenset({"ip", "inet"})  # where IPv4 packets pass
 _DROPS = ("drop", "reject")
 
 
@@ -31,8 +35,24 @@ class Finding:
     hint: str
 
 
-def foreign_forward_drops(ruleset_json: str, bridge: str) -> tuple[Finding, ...]:
+def forwarding_tables(chains_json: str) -> tuple[str, ...]:
+    """Tables, not ours, that have a chain on the forward hook, in `nft -j list chains` output. Raises ValueError."""
+    try:
+        chains = [item["chain"] for item in json.loads(chains_json)["nftables"] if "chain" in item]
+        found = {
+            f"{chain['family']} {chain['table']}"
+            for chain in chains
+            if chain.get("hook") == "forward" and chain["family"] in ("ip", "ip6", "inet")
+        }
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a listing of nft: {error!r}") from None
+    return tuple(sorted(found - {" ".join(_OURS)}))
+
+
+def foreign_forward_drops(ruleset_json: str, bridge: str, families: frozenset[str] = FAMILIES) -> tuple[Finding, ...]:
     """What drops forwarded packets of `bridge` outside kvmd's table, in `nft -j list ruleset` output.
+
+    `families`: nft's, in which the bridge's packets pass: "ip", "ip6" and "inet", which is both.
 
     A chain counts if its policy is drop or one of its rules drops the bridge's or everybody's packets, unless it, or a
     chain it jumps to, accepts what comes from the bridge. Rules that look at more than interfaces are not judged.
@@ -43,17 +63,21 @@ def foreign_forward_drops(ruleset_json: str, bridge: str) -> tuple[Finding, ...]
         chains = [item["chain"] for item in items if "chain" in item]
         rules = [item["rule"] for item in items if "rule" in item]
         tables = {(item["table"]["family"], item["table"]["name"]) for item in items if "table" in item}
-        return tuple(_drops(chains, rules, tables, bridge))
+        return tuple(_drops(chains, rules, tables, bridge, families))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a listing of nft: {error!r}") from None
 
 
 def _drops(
-    chains: list[dict[str, Any]], rules: list[dict[str, Any]], tables: set[tuple[str, str]], bridge: str
+    chains: list[dict[str, Any]],
+    rules: list[dict[str, Any]],
+    tables: set[tuple[str, str]],
+    bridge: str,
+    families: frozenset[str],
 ) -> Iterator[Finding]:
     for chain in chains:
         table = (chain["family"], chain["table"])
-        if chain.get("hook") != "forward" or chain["family"] not in _FAMILIES or table == _OURS:
+        if chain.get("hook") != "forward" or chain["family"] not in families or table == _OURS:
             continue
         content: dict[str, list[dict[str, Any]]] = {}
         for rule in rules:
@@ -130,18 +154,21 @@ def _lets_pass(content: Mapping[str, list[dict[str, Any]]], chain: str, bridge: 
     if chain in seen:
         return False
     for rule in content.get(chain, []):
-        found = [_interfaces(match) for match in _matches(rule)]
-        about_bridge = all(
-            one is not None and one[0].startswith("iif") and any(_named(name, bridge) for name in one[1])
-            for one in found
-        )
-        if not about_bridge or _looks_further(rule):
+        if not _speaks_of(rule, bridge) or _looks_further(rule):
             continue
         if _verdict(rule) == "accept":
             return True
         if any(_lets_pass(content, target, bridge, seen | {chain}) for target in _jumps(rule)):
             return True
     return False
+
+
+def _speaks_of(rule: Mapping[str, Any], bridge: str) -> bool:
+    """About all packets, or those from the bridge; one way out is enough: it is the administrator's word."""
+    found = [_interfaces(match) for match in _matches(rule)]
+    sources = [one for one in found if one is not None and one[0].startswith("iif")]
+    named = all(any(_named(name, bridge) for name in names) for _, names in sources)
+    return None not in found and named and bool(sources or not found)
 
 
 def _jumps(rule: Mapping[str, Any]) -> list[str]:
@@ -165,6 +192,38 @@ def _drops_bridge(rule: Mapping[str, Any], bridge: str) -> bool:
         return False
     found = [_interfaces(match) for match in _matches(rule)]
     return all(one is not None and any(_named(n, bridge) for n in one[1]) for one in found)
+
+
+def plan_firewall(networks: Mapping[str, Network], facts: Facts) -> tuple[Problem, ...]:
+    """Who else drops packets of declared networks. Nothing of theirs is changed, and no guest is stopped for it."""
+    if facts.foreign_rules is None:
+        return ()
+    problems = []
+    for name, network in sorted(networks.items()):
+        for drop in _drops_of(bridge_name(name, network), _families(network, facts), facts.foreign_rules):
+            by = f" ({drop.owner})" if drop.owner else ""
+            lost = "guests cannot get out"
+            if not is_forwarding(network):
+                lost = "frames between its guests are lost too, since br_netfilter sends them there"
+            problems.append(Problem(f"network {name}", f"{drop.where}{by} has {drop.what}: {lost}", drop.hint))
+    return tuple(problems)
+
+
+def _families(network: Network, facts: Facts) -> frozenset[str]:
+    """nft's families that see the network's packets: those it is routed with, or those br_netfilter shows frames to."""
+    if is_forwarding(network):
+        seen = [network.ipv4 is not None, network.ipv6 is not None]
+    else:
+        seen = [facts.knobs.get(path) == "1" for path in BRIDGE_NF]
+    found = {family for family, here in zip(("ip", "ip6"), seen, strict=True) if here}
+    return frozenset(found | {"inet"} if found else found)
+
+
+def _drops_of(bridge: str, families: frozenset[str], rules: str) -> tuple[Finding, ...]:
+    try:
+        return foreign_forward_drops(rules, bridge, families)
+    except ValueError:
+        return ()  # doctor says that the listing cannot be read
 
 
 def bridge_nf(knobs: Mapping[str, str]) -> tuple[Finding, ...]:

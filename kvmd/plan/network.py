@@ -26,6 +26,7 @@ from kvmd.config.guest import Guest
 from kvmd.config.network import Network, Reservation, bridge_name, is_forwarding, makes_bridge
 from kvmd.facts import Facts, Link
 from kvmd.plan.dnsmasq import Host, build_config, config_sha256, wants_dnsmasq
+from kvmd.plan.firewall import BRIDGE_NF, plan_firewall
 from kvmd.plan.forwards import plan_forwards
 from kvmd.plan.links import bridge_alias, bridge_mac, is_our_bridge
 from kvmd.plan.networkworld import Macs, World, look
@@ -36,7 +37,7 @@ from kvmd.plan.vlans import check_filtering, plan_ports
 
 FORWARDING = "/proc/sys/net/ipv4/ip_forward"
 FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"  # absent: a kernel without IPv6
-KNOBS = (FORWARDING, FORWARDING6)  # what facts.knobs must hold for this planner
+KNOBS = (FORWARDING, FORWARDING6, *BRIDGE_NF)  # what facts.knobs must hold for this planner
 
 _AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -57,6 +58,7 @@ def plan_network(
     _plan_forwarding(world)
     _plan_servers(world, blocked)
     _plan_removal(world)
+    world.problems.extend(plan_firewall(networks, facts))
     return tuple(world.actions), tuple(world.problems)
 
 

@@ -102,7 +102,8 @@ class Rig:
             vlan_filtering=await self.netlink.can_filter_vlans(links),
             nft=await nft.observe(NETWORKS),
             dnsmasq=self.dnsmasqs.observe(),
-            knobs={path: read(path) for path in KNOBS},
+            knobs={path: read(path) for path in KNOBS if exists(path)},
+            foreign_rules=await nft.list_foreign(),
             ra_uplinks=ra_uplinks(Tree()),
         )
         return plan_network(self.networks, self.guests, self.macs, facts)
@@ -205,6 +206,10 @@ def fetch(namespace: Namespace, address: str, timeout_s: int = 4) -> str:
 
 def ping(namespace: Namespace, address: str) -> bool:
     return "bytes from" in namespace.run("busybox", "ping", "-c1", "-W2", address, check=False)
+
+
+def exists(path: str) -> bool:
+    return Path(path).exists()
 
 
 def read(path: str) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.plan.firewall import BRIDGE_NF, bridge_nf, foreign_forward_drops
+from kvmd.config.network import Network
+from kvmd.facts import Facts
+from kvmd.plan.firewall import BRIDGE_NF, bridge_nf, foreign_forward_drops, forwarding_tables, plan_firewall
 
 
 def chain(name: str, table: str = "filter", family: str = "ip", **base: Any) -> dict[str, Any]:
@@ -70,6 +74,11 @@ def test_firewalld_rejects_all_that_no_zone_lets_pass() -> None:
     assert found(*base, zone) == []
 
 
+def test_an_accept_towards_one_uplink_is_a_way_out() -> None:
+    assert found(*DOCKER, rule(interface("kvlan"), interface("eth0", "oifname"), ACCEPT, at="DOCKER-USER")) == []
+    assert found(*DOCKER, rule(interface("kvlan", "oifname"), ACCEPT, at="DOCKER-USER")) != []
+
+
 def test_ufw_and_a_hand_made_policy() -> None:
     assert found(forward(), chain("ufw-before-forward"))[0][2] == "ufw"
     assert found(forward("mine", "inet")) == [("table inet mine, chain FORWARD", "policy drop", None)]
@@ -118,3 +127,46 @@ def test_bridge_nf_names_the_sysctl() -> None:
     (finding,) = bridge_nf({BRIDGE_NF[0]: "1", BRIDGE_NF[1]: "0"})
     assert finding.where == BRIDGE_NF[0] and "net.bridge.bridge-nf-call-iptables=0" in finding.hint
     assert bridge_nf({}) == ()
+
+
+def networks() -> dict[str, Network]:
+    lan = {"network": {"mode": "nat"}, "ipv4": {"address": IPv4Interface("192.168.50.1/24")}}
+    office = {"network": {"mode": "bridge", "bridge": "br0"}}
+    return {"lan": Network.model_validate(lan), "office": Network.model_validate(office)}
+
+
+def test_the_plan_names_who_drops_and_stops_no_guest() -> None:
+    facts = Facts(foreign_rules=json.dumps({"nftables": list(DOCKER)}))
+    (problem,) = plan_firewall(networks(), facts)
+    assert problem.subject == "network lan" and problem.guests == frozenset()
+    assert problem.message == "table ip filter, chain FORWARD (Docker) has policy drop: guests cannot get out"
+    assert "DOCKER-USER" in str(problem.hint) and "kvlan" in str(problem.hint)
+    crossing = plan_firewall(networks(), replace(facts, knobs={BRIDGE_NF[0]: "1"}))
+    assert [problem.subject for problem in crossing] == ["network lan", "network office"]
+    assert "br_netfilter" in crossing[1].message
+
+
+@pytest.mark.parametrize("rules", [None, "no listing", json.dumps({"nftables": [forward(policy="accept")]})])
+def test_without_a_drop_or_a_listing_the_plan_says_nothing(rules: str | None) -> None:
+    assert plan_firewall(networks(), Facts(foreign_rules=rules)) == ()
+
+
+def test_ipv6_packets_are_dropped_in_their_own_table() -> None:
+    six = {"network": {"mode": "nat"}, "ipv6": {"address": IPv6Interface("fd50::1/64")}}
+    facts = Facts(foreign_rules=json.dumps({"nftables": [forward(family="ip6")]}))
+    assert plan_firewall(networks(), facts) == ()
+    (problem,) = plan_firewall({"six": Network.model_validate(six)}, facts)
+    assert "table ip6 filter" in problem.message
+
+
+def test_only_tables_on_the_forward_hook_are_listed() -> None:
+    chains = [
+        forward(),
+        forward("mine", "inet"),
+        chain("prerouting", "nat", hook="prerouting"),
+        forward("kvmd", "inet"),
+    ]
+    chains += [forward("x", "bridge"), chain("DOCKER-USER")]
+    assert forwarding_tables(json.dumps({"nftables": chains})) == ("inet mine", "ip filter")
+    with pytest.raises(ValueError, match="not a listing"):
+        forwarding_tables('{"nftables": 7}')
