@@ -24,8 +24,12 @@ load = ["zram"]
 """
 GUEST = """
 [machine]
-accel = "tcg"
+accel = "kvm"
 default_nic = false
+[cpu]
+model = "host"
+[start]
+timeout = "2min"
 [memory]
 size = "32MiB"
 {memory}

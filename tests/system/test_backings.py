@@ -144,7 +144,7 @@ def test_locked_memory_is_locked_and_never_ballooned(host: KvmdHost, life: str) 
         host.call("guest.start", name="web")
     except RemoteError as error:
         assert not _may_raise_limits()
-        assert "cannot raise RLIMIT_MEMLOCK for memory.lock" in error.message
+        assert "cannot raise RLIMIT_MEMLOCK, which memory.lock" in error.message
         assert "CAP_SYS_RESOURCE" in (error.hint or "")
         assert host.show("web")["pid"] is None
         return

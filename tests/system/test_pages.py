@@ -90,7 +90,7 @@ def test_pages_in_use_survive_a_smaller_wish(machine: Memory, host: KvmdHost) ->
     host.call("guest.start", name="web")
     spare = Memory.observe().pages() - PAGES
     assert spare == machine.pages() + 2
-    with pytest.raises(RemoteError, match="guests run: web"):
+    with pytest.raises(RemoteError, match="web needs hugepages 2MiB node 0"):
         host.call("host.release")
     host.write("host.toml", f"[hugepages.2MiB]\npages = {PAGES // 2}\n")
     report = host.call("host.apply", allow=["host"])
