@@ -419,9 +419,14 @@ def test_any_state_of_the_host_is_brought_in_order(
     st.integers(1, 6),
     st.sets(st.integers(0, 11), max_size=5),
     st.sampled_from(list(Smt)),
+    st.sets(st.integers(0, 11), max_size=4),
 )
-def test_as_good_as_trying_every_set(shape: CpuTopology, count: int, busy: set[int], smt: Smt) -> None:
-    pool = sorted(shape.online - busy)[:10]
+def test_as_good_as_trying_every_set(
+    shape: CpuTopology, count: int, busy: set[int], smt: Smt, slow_cores: set[int]
+) -> None:
+    slower = tuple(replace(cpu, capacity=600) if cpu.core in slow_cores else cpu for cpu in shape.cpus)
+    shape = replace(shape, cpus=slower)
+    pool = sorted(shape.online - busy)[:12]
     machine = Machine.of(shape)
     found = best_set(machine, pool, count, smt, busy=busy)
     chooser = _Chooser(machine, pool, count, smt, busy)
