@@ -29,7 +29,7 @@ from kvmd.actions import (
     WriteKernelArgs,
 )
 from kvmd.config.desired import Loaded
-from kvmd.effects import nextboot, nft, threads
+from kvmd.effects import nextboot, nft
 from kvmd.effects.apply import HostApplier
 from kvmd.effects.observe import HostObserver
 from kvmd.effects.records import EffectKind, uplink_key
@@ -48,7 +48,6 @@ from kvmd.plan.nfttable import PORTS, difference
 from kvmd.plan.reboot import Difference, after_reboot
 from kvmd.plan.release import plan_release, refusal
 from kvmd.plan.yielding import Yielded
-from kvmd.units import CpuSet
 
 _log = logging.getLogger(__name__)
 RELEASED_META = "released_in_boot"
@@ -289,7 +288,7 @@ class Manager:
                     await self.guests.stop(action.guest, actor)
                     await self.guests.start(action.guest, actor)
                 case PinGuest():
-                    self._pin(action)
+                    self.guests.pin(action)
                 case SetLink():
                     await self.guests.supervisor(action.guest).set_link(action.nic, up=action.up)
                 case WriteDropIn() | EnableGuest():
@@ -400,14 +399,6 @@ class Manager:
             units.write_drop_in(action.guest, action.text)
         else:
             units.enable(action.guest, on=action.on)
-
-    def _pin(self, action: PinGuest) -> None:
-        supervisor = self.guests.supervisor(action.guest)
-        found = supervisor.status.process
-        if found is None:
-            return
-        sets = [CpuSet.parse(text) for text in action.vcpus]
-        threads.pin(action.guest, found.pid, supervisor.vcpu_threads, sets, CpuSet.parse(action.emulator))
 
 
 def _pool_key(subject: str) -> tuple[int, int]:

@@ -55,13 +55,13 @@ def observe_others(pid: int, vcpu_tids: Collection[int], workers: Workers) -> tu
     )
 
 
-def vcpu_affinities(pid: int) -> tuple[CpuSet, ...]:
-    """Where the vCPUs of a QEMU that does not answer may run, in vCPU order, by its threads' names."""
+def named_vcpus(pid: int) -> tuple[int, ...]:
+    """The vCPU threads of a QEMU that does not answer, in vCPU order, by their names."""
     found = {}
     for tid in observe_threads(_TREE, pid):
         named = _VCPU.match(_TREE.read(f"/proc/{pid}/task/{tid}/comm") or "")
-        if named and (cpus := affinity(tid)):
-            found[int(named[1])] = cpus
+        if named:
+            found[int(named[1])] = tid
     return tuple(found[index] for index in sorted(found))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from kvmd.actions import PinGuest
 from kvmd.config.desired import Loaded
 from kvmd.config.files import fingerprint
 from kvmd.config.guest import Guest
@@ -54,6 +55,7 @@ class Roster:
         self._kept: dict[str, tuple[CpuSet, ...]] = {}  # CPUs promised to a guest's vCPUs by its present start
         services.admit = self._admit
         services.place = self._place
+        services.make_room = self._make_room
 
     # ---- files --------------------------------------------------------------------------------------------------
 
@@ -282,14 +284,40 @@ class Roster:
         devices = [node for node in found if node is not None and node >= 0]
         return cpus.preferred_nodes(guest, tree.observe_memory(), tree.observe_hugepages(), devices)
 
+    def _make_room(self, name: str) -> None:
+        """Others leave the CPUs that guest `name`, which is about to run, has to itself; one that cannot is told."""
+        facts = Facts(cpus=self.topology, guests=self.all_running(), lives=self.lives())
+        desired = self.services.loaded.desired
+        for action in cpus.plan_pins(desired.guests, desired.host, facts)[0]:
+            if isinstance(action, PinGuest) and action.guest != name:
+                try:
+                    self.pin(action)
+                    _log.info("%s  (%s has CPUs of its own)", action.line(), name, extra={"KVMD_GUEST": action.guest})
+                except KvmdError as error:
+                    _log.error("%s", error, extra={"KVMD_GUEST": action.guest})
+
+    def pin(self, action: PinGuest) -> None:
+        """Put all threads of a guest where the action says; nothing when it has none (any more). HostFailed."""
+        supervisor = self.supervisor(action.guest)
+        found, vcpus = supervisor.status.process, self.vcpus_of(supervisor)
+        if found is None or len(vcpus) != len(action.vcpus):
+            return
+        sets = [CpuSet.parse(text) for text in action.vcpus]
+        threads.pin(action.guest, found.pid, vcpus, sets, CpuSet.parse(action.emulator))
+
+    def vcpus_of(self, supervisor: Supervisor) -> tuple[int, ...]:
+        """A live guest's vCPU threads; by their names where its QEMU does not answer; () while it starts."""
+        process = supervisor.status.process
+        if supervisor.vcpu_threads or process is None or supervisor.state is State.STARTING:
+            return supervisor.vcpu_threads
+        return threads.named_vcpus(process.pid)
+
     def _has(self, supervisor: Supervisor) -> tuple[CpuSet, ...]:
         """CPUs of a live guest's vCPUs: as they are, as they will be when its start is through, () if unknown."""
-        if supervisor.vcpu_threads:
-            return tuple(threads.affinity(tid) for tid in supervisor.vcpu_threads)
-        if supervisor.state is State.STARTING:
+        vcpus = self.vcpus_of(supervisor)
+        if not vcpus and supervisor.state is State.STARTING:
             return self._kept.get(supervisor.name, ())
-        process = supervisor.status.process
-        return threads.vcpu_affinities(process.pid) if process else ()
+        return tuple(threads.affinity(tid) for tid in vcpus)
 
     # ---- facts about guests -------------------------------------------------------------------------------------
 
@@ -337,7 +365,7 @@ class Roster:
         if record is None or found is None or supervisor.state not in ALIVE:
             return None
         memory = started_memory(record)
-        vcpus = supervisor.vcpu_threads
+        vcpus = self.vcpus_of(supervisor)
         if workers is None:
             workers = threads.kernel_workers(self.services.tree) if vcpus else {}
         return RunningGuest(
@@ -347,7 +375,7 @@ class Roster:
             memory_bytes=int(memory.get("size", 0)),
             page_bytes=started_pages(record),
             vcpu_threads=vcpus,
-            affinity=tuple(str(threads.affinity(tid)) for tid in vcpus),
+            affinity=tuple(str(each) for each in self._has(supervisor)),
             others=threads.observe_others(found.pid, vcpus, workers) if vcpus else (),
             nodes=started_nodes(record),
             nics=started_nics(record) if supervisor.state is not State.STARTING else (),

@@ -113,6 +113,7 @@ class Services:
     publish: Publish
     admit: Callable[[str], None] = lambda _name: None  # the manager's: raises Refused
     place: Callable[[str], Placement | None] = lambda _name: None  # the manager's: raises Refused
+    make_room: Callable[[str], None] = lambda _name: None  # the roster's: others leave the CPUs of a guest to come
     provide: Callable[[], Awaitable[str | None]] = _nothing_provided  # the manager's: grows automatic pools
     pages: PageBook = field(default_factory=PageBook)
     usage: Callable[[], Mapping[str, Usage]] = lambda: EMPTY  # what guests were seen to need; the history's
@@ -367,6 +368,8 @@ class Services:
             warnings += ("limits.* are kept by systemd; this kvmd runs without it and keeps none",)
         if placement:
             threads.pin(name, pid, vcpus, placement.vcpus, placement.emulator)
+            if placement.is_exclusive:
+                self.make_room(name)
         return Born(vcpus, await self._balloon(monitor), warnings)
 
     async def inspect(self, monitor: Monitor) -> Born:

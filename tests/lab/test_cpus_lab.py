@@ -61,13 +61,6 @@ def boot_sector(lab: Lab, name: str) -> None:
     lab.check(f"printf '\\372\\364\\353\\375' | dd of={IMAGES}/{name}.img conv=notrunc status=none")
 
 
-def end(lab: Lab, *names: str) -> None:
-    """Kill them, and have systemd forget that they ended so: it takes a moment to unload a unit."""
-    for name in names:
-        lab.run(["kvmd-cli", "kill", name], timeout_s=60)
-    lab.run("systemctl reset-failed 'kvmd-guest@*'")
-
-
 def cpus(host: LabHost) -> Any:
     return host.cli("host", "cpus")
 
@@ -88,7 +81,6 @@ def host(lab: Lab) -> Iterator[LabHost]:
         found.apply()
         lab.check("kvmd-cli start own", timeout_s=120)
         yield found
-        end(lab, "own")
 
 
 def test_who_sits_where(host: LabHost) -> None:
@@ -211,7 +203,6 @@ def numa(lab_numa: Lab) -> Iterator[LabHost]:
         for name in ("far", "near", "lone"):
             lab_numa.check(f"kvmd-cli start {name}", timeout_s=120)
         yield found
-        end(lab_numa, "far", "near", "lone")
 
 
 def test_vcpus_and_memory_stay_on_the_named_nodes(numa: LabHost) -> None:

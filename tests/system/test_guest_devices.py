@@ -273,6 +273,22 @@ def test_a_dedicated_guest_has_its_cpu_alone(host: KvmdHost, life: str) -> None:
     assert (guest["placed"], {thread["cpus"] for thread in guest["threads"]}) == (True, {rest})
 
 
+def test_others_leave_the_cpu_of_a_dedicated_guest_before_it_runs(host: KvmdHost) -> None:
+    """Not at the next pass: when the start is answered, nobody else may run there."""
+    for name, extra in (("mine", '[cpu]\nplacement = "dedicated"\n'), ("others", "")):
+        host.guest(name, tiny(host, name, extra=extra))
+    host.start()
+    host.call("guest.start", name="others")
+    everywhere = CpuSet(os.sched_getaffinity(0))
+    pid = host.call("guest.show", name="others")["pid"]
+    assert {CpuSet(os.sched_getaffinity(tid)) for tid in observe_threads(Tree(), pid)} == {everywhere}
+    host.call("guest.start", name="mine")
+    (own,) = host.call("guest.show", name="mine")["placement"]["vcpus"]
+    left = CpuSet(everywhere - {int(own)})
+    assert {CpuSet(os.sched_getaffinity(tid)) for tid in observe_threads(Tree(), pid)} == {left}
+    assert host.call("host.plan")["actions"] == []
+
+
 def test_more_dedicated_vcpus_than_the_host_can_give_is_refused_with_the_sum(host: KvmdHost) -> None:
     host.guest("a", tiny(host, "a", extra='[cpu]\nvcpus = 2\ncores = 2\nplacement = "dedicated"\n'))
     host.start()

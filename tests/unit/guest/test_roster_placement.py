@@ -11,6 +11,7 @@ import pytest
 from kvmd.config.desired import Desired, Loaded
 from kvmd.config.guest import Guest
 from kvmd.errors import Refused
+from kvmd.facts import GuestLife, Process, RunningGuest
 from kvmd.guest.lifecycle import State
 from kvmd.guest.roster import Roster
 from kvmd.units import CpuSet
@@ -73,3 +74,27 @@ def test_without_room_the_start_is_refused_with_the_sum(tmp_path: Path) -> None:
         place(roster, name)
     with pytest.raises(Refused, match="g wants 2 dedicated CPUs, 0 are left"):
         roster.services.place("g")
+
+
+def test_others_leave_the_cpus_of_a_guest_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared guest that runs is moved off them at once, not at the next pass."""
+    roster = roster_of(tmp_path, "a", "z")
+    shared = Guest.model_validate({"memory": {"size": "1GiB"}})
+    roster.services.loaded.desired.guests["z"] = shared  # type: ignore[index]
+    pinned: dict[str, str] = {}
+    monkeypatch.setattr(
+        Roster, "all_running", lambda _self: (running("a", *promised(roster, "a")), running("z", "0-15"))
+    )
+    monkeypatch.setattr(Roster, "lives", lambda _self: (GuestLife("a", alive=True, wanted=True, settling=True),))
+    monkeypatch.setattr(Roster, "pin", lambda _self, action: pinned.update({action.guest: action.vcpus[0]}))
+    assert place(roster, "a") == CpuSet([2, 3])
+    roster.services.make_room("a")
+    assert pinned == {"z": "0-1,4-15"}
+
+
+def promised(roster: Roster, name: str) -> tuple[str, ...]:
+    return tuple(str(cpus) for cpus in roster._has(roster.supervisors[name]))
+
+
+def running(name: str, *affinity: str) -> RunningGuest:
+    return RunningGuest(name, "u", Process(7, 7), 1 << 30, affinity=affinity)
