@@ -50,6 +50,14 @@ _FILES = (
          (Option("--unset", "remove the key"),), changes=True, offline=True),
     Verb("check", "files", "everything that is wrong with the files", "kvmd.cli.offline:check",
          (Positional("DIR", of="directory", optional=True),), offline=True),
+    Verb("import qemu", "files", "a QEMU command line, or a script that holds one, as a guest's file",
+         "kvmd.cli.importer:qemu", (Positional("FILE", many=True, optional=True),),
+         (
+             Option("--name", "the guest's name; else what -name says", "NAME"),
+             Option("--dialect", "whose defaults count; else by the program's name", "DIALECT",
+                    choices=("qemu", "qemu-kvm")),
+             Option("--write", "write guests.d/NAME.toml instead of printing it"),
+         ), changes=True, offline=True),
     Verb("plan", "files", "what apply would do, and why; exits 10 when there is something", "kvmd.cli.passes:plan",
          (), (Option("--reboot", "what a reboot of the host would change instead"),)),
     Verb("apply", "files", "make host and guests as the files say, after asking", "kvmd.cli.passes:apply", (),
@@ -128,7 +136,8 @@ ALIASES = {"shutdown": "stop", "destroy": "kill", "dominfo": "show", "nodeinfo":
 LATER = frozenset({
     "health", "suspend", "resume", "save", "enable", "disable", "hold", "unhold", "wait", "delete", "clone",
     "rename", "release", "why", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
-    "backup", "restore", "import", "export", "capabilities", "job", "db",
+    "backup", "restore", "import running", "import libvirt", "import proxmox",
+    "import bundle", "export", "capabilities", "job", "db",
     "host drain", "host undrain", "tune advise", "tune record", "tune replay", "tune simulate",
 })  # fmt: skip
 

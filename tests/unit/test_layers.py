@@ -25,6 +25,7 @@ LAYERS = {
     "kvmd.actions": 1,
     "kvmd.plan": 2,
     "kvmd.qemu": 2,
+    "kvmd.importers": 2,
     "kvmd.guest.lifecycle": 2,
     "kvmd.tuning": 2,
     "kvmd.rpc.protocol": 2,
