@@ -14,7 +14,8 @@ from kvmd.config.scalars import guest_name
 FIXED = """
 init create edit set check plan apply reconcile status health explain
 list show start stop kill reboot reset restart suspend resume save enable disable hold unhold wait delete clone rename
-release why logs events console monitor screenshot ip stats top graph argv disk nic image backup restore import export
+release why logs events console monitor screenshot ip stats top graph argv disk nic image backup restore export
+import.qemu import.running import.libvirt import.proxmox import.bundle
 host.facts host.cpus host.hugepages host.drain host.undrain host.release capabilities doctor
 network.list network.show network.leases
 tune.status tune.advise tune.explain tune.record tune.replay tune.simulate job db version completion
