@@ -152,15 +152,18 @@ def node(number: int) -> str:
 
 
 def _refuse_open_group(tree: Tree, address: str) -> None:
-    """An unbind of what somebody has open waits for him, for ever (drivers/vfio): a group opens only once, so try."""
+    """An unbind of what somebody has open waits for him, for ever (drivers/vfio): so look who has, first.
+
+    Not by opening it: kvmd.service may open no VFIO device.
+    """
     number = group(tree, address)
-    path = None if number is None else tree.path(node(number))
-    try:
-        if path is not None and path.exists():
-            os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise Conflict(f"{address}: {path} is open", hint=f"`fuser -v {path}` says by whom") from None
+    path = None if number is None else node(number)
+    if path is None or not tree.exists(path):
+        return
+    for pid in tree.numbered("/proc", ""):
+        if any(tree.link(f"/proc/{pid}/fd/{fd}") == path for fd in tree.names(f"/proc/{pid}/fd")):
+            name = tree.read(f"/proc/{pid}/comm")
+            raise Conflict(f"{address}: {path} is open in process {pid} ({name})", hint=f"end it first: ps -fp {pid}")
 
 
 # ---- virtual functions ----------------------------------------------------------------------------------------------

@@ -297,6 +297,23 @@ def test_a_device_that_vanished_is_given_back(desk: Desk) -> None:
         asyncio.run(desk.devices().take(taking(GPU, 14)))
 
 
+def test_a_group_that_somebody_has_open_is_not_unbound(desk: Desk) -> None:
+    """The kernel would wait for him: kvmd says who he is, and tries again."""
+    desk.run("web")
+    asyncio.run(desk.devices().take(taking(GPU, 14)))
+    desk.end("web")
+    desk.host.put("/proc/4242/comm", "qemu-system-x86")
+    holder = desk.host.path("/proc/4242/fd/9")
+    holder.parent.mkdir()
+    holder.symlink_to("/dev/vfio/14")
+    with pytest.raises(Conflict, match=r"/dev/vfio/14 is open in process 4242 \(qemu-system-x86\)"):
+        desk.give_all_back()
+    assert (driver(desk.host, GPU), desk.reservations()) == ("vfio-pci", {GPU: "web"})
+    holder.unlink()
+    desk.give_all_back()
+    assert (driver(desk.host, GPU), desk.reservations()) == ("nouveau", {})
+
+
 def test_a_disk_somebody_has_open_exclusively_is_not_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZFS and programs show nowhere in /sys; an exclusive open shows them."""
     import os
