@@ -68,10 +68,7 @@ def described(request: FdRequest, taps: Mapping[str, TapPlan], roots: Sequence[P
             return ({"fd": fd, "kind": "image", "path": path, "root": _root(path, roots), "writable": writable},)
         case OpenTap(fd, nic, queue, queues):
             # Only what differs from nothing: a key standby.py does not know leaves the NIC unplugged.
-            # What JSON has no type for is such a key in any case.
-            known = (str, int, type(None))
-            found = {key: value if isinstance(value, known) else True for key, value in asdict(taps[nic]).items()}
-            plan = {key: value for key, value in found.items() if value}
+            plan = {key: value for key, value in asdict(taps[nic]).items() if value}
             tap = plan | {"mac": tap_mac(taps[nic].name)}
             return () if queue else ({"fd": fd, "kind": "tap", "nic": nic, "queues": queues, "tap": tap},)
         case OpenVhostNet(fd, nic):

@@ -531,7 +531,7 @@ def _own_tap(guest: str, nic: str, wish: Nic, uuid: str) -> TapPlan:
         bridge=bridge,
         mtu=wish.mtu,
         alias=tap_alias("", guest, nic),
-        fenced=bridge is None or wish.helper is not None,  # nothing standby.py could do
+        fenced=bridge is None or wish.helper is not None or wish.mtu is None,  # nothing standby.py could do
         plain=not wish.vnet_hdr,
         script=wish.script,
         downscript=wish.downscript,
