@@ -225,29 +225,26 @@ def _forward(text: str) -> str:
 
 def _tap(draft: Draft, keys: Keys, table: str, kind: str, option: str) -> None:
     """A TAP of one's own, or the bridge helper's; the classic default script is /etc/qemu-ifup."""
-    if kind == "bridge":
-        bridge = keys.take("br") or "br0"
-        helper = keys.take("helper", f"{table}.helper")
-        draft.put(table, "network", bridge if bridge.isalnum() else "lan")
-        draft.account.mapped(f"{option} br={bridge}", f"{table}.network")
-        draft.remarks.append(
-            f'{table}.network = "{draft.tables["nic"][table[4:]]["network"]}": make networks.d/ of that name with '
-            f'mode = "bridge" and bridge = "{bridge}"' + (f"; the helper {helper} is not needed" if helper else "")
-        )
-        return
-    draft.put(table, "type", "tap")
+    draft.put(table, "type", kind)
     draft.account.mapped(option, f"{table}.type")
+    if kind == "bridge":
+        draft.put(table, "bridge", keys.take("br", f"{table}.bridge") or "br0")
+        keys.drop("helper", "kvmd plugs the TAP in itself")
+        return
     for key in ("ifname", "helper", "sndbuf"):
         text = keys.take(key, f"{table}.{key}")
         if text is not None:
             draft.put(table, key, text)
     for key, default in (("script", _IFUP), ("downscript", _IFDOWN)):
-        text = keys.take(key, f"{table}.{key}")
-        if text is None and keys.peek("fd") is None and not draft.has(f"{table}.helper"):
+        text = keys.take(key)
+        if text == "no":
+            draft.account.default(f"{keys.option} {key}=no", "none unless the file names one")
+        elif text is not None:
+            draft.put(table, key, draft.path(text))
+            draft.account.mapped(f"{keys.option} {key}={text}", f"{table}.{key}")
+        elif keys.peek("fd") is None and not draft.has(f"{table}.helper"):
             draft.put(table, key, default)
             draft.remarks.append(f'{table}.{key} = "{default}": QEMU runs it when nothing is said; "no" for none')
-        elif text is not None:
-            draft.put(table, key, text)
     for key in ("vnet_hdr", "vhost", "vhostforce"):
         text = keys.take(key, f"{table}.{key}")
         if text is not None:

@@ -235,6 +235,9 @@ def _defaults(draft: Draft, given: set[str]) -> None:
     if not draft.has("cpu.model"):
         draft.put("cpu", "model", DEFAULT_MODEL)
         account.default("no -cpu", f'cpu.model = "{DEFAULT_MODEL}"')
+    if draft.has("display.keyboard") and not draft.has("display.type"):
+        layout = draft.tables.pop("display")["keyboard"]
+        account.dropped(f"-k {layout}", "only a viewer needs it, and there is no display")
     if not draft.has("memory.balloon") and not draft.has("memory.backing"):
         draft.put("memory.balloon", "enabled", False)
         account.default("no balloon device", "memory.balloon.enabled = false: the same machine; true lets memory move")
