@@ -281,11 +281,12 @@ def alive(pid: int) -> bool:
     return observe_process(Tree(), pid) is not None
 
 
-def running_hundred(host: BenchHost, count: int) -> list[str]:
+def running_hundred(host: BenchHost, count: int, *, nic: bool = False) -> list[str]:
     """`count` guests running on a host that seems big enough for admission's estimate of each."""
-    names = host.boot_guests(count)
+    names = host.boot_guests(count, nic=nic)
     host.launch(memory_kib=BIG_HOST_KIB)
     host.wait_ready()
+    host.call("host.reconcile")  # it answers before its networks are there
     begun = time.monotonic()
     with ThreadPoolExecutor(STARTERS) as pool:
         for started in pool.map(lambda name: host.call("guest.start", name=name), names):

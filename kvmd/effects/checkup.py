@@ -111,6 +111,7 @@ async def gather(paths: Paths, loaded: Loaded, tree: HostTree, ask: Questions) -
         accounts=accounts,
         unit=checkup_files.unit_state(tree),
         needrestart=checkup_files.needrestart(tree),
+        network_manager=checkup_files.network_manager(tree, runs="NetworkManager" in running),
     )
 
 

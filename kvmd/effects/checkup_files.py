@@ -199,6 +199,18 @@ def unit_state(tree: Tree) -> UnitState:
     )
 
 
+def network_manager(tree: Tree, *, runs: bool) -> Literal["absent", "leaves", "may take"]:
+    """Whether NetworkManager runs and leaves kvmd's links alone (NetworkManager.conf(5), unmanaged-devices)."""
+    if not runs:
+        return "absent"
+    directories = (f"{root}/NetworkManager/conf.d" for root in ("/etc", "/run", "/usr/lib"))
+    files = ["/etc/NetworkManager/NetworkManager.conf"]
+    files += [f"{directory}/{name}" for directory in directories for name in tree.names(directory)]
+    lines = (line.strip() for file in files for line in (tree.read(file) or "").splitlines())
+    told = any(line.startswith("unmanaged-devices") and "interface-name:kv*" in line for line in lines)
+    return "leaves" if told else "may take"
+
+
 def needrestart(tree: Tree) -> Literal["absent", "exempt", "would restart guests"]:
     """Whether needrestart(1) is installed and has a line about guests."""
     if not tree.exists("/etc/needrestart/needrestart.conf"):

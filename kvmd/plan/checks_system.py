@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvmd.plan.hostreport import Finding, HostReport, Unseen, count, fail, ok, skip, warn
 
 GROUPS = ("kvmd-admin", "kvmd-operator", "kvmd-qemu")
+NM_CONF = "/etc/NetworkManager/conf.d/kvmd.conf"
 NEEDRESTART_CONF = "/etc/needrestart/conf.d/kvmd.conf"
 
 
@@ -24,7 +25,7 @@ class Rival:
 RIVALS: Mapping[str, Rival] = {
     "libvirtd": Rival(
         "may start the same images and sets up its own network and firewall",
-        "kvmd-cli import libvirt, then systemctl disable --now libvirtd.service libvirtd.socket",
+        "systemctl disable --now libvirtd.service libvirtd.socket, once its guests are kvmd's",
     ),
     "virtqemud": Rival("may start the same images", "systemctl disable --now virtqemud.service virtqemud.socket"),
     "tuned": Rival(
@@ -57,8 +58,15 @@ def rivals(report: HostReport) -> Iterator[Finding]:
         if name in report.processes and (exclusive or not rival.only_dedicated):
             clean = False
             yield warn(f"{name} (pid {report.processes[name]}) {rival.harm}", rival.fix.replace("{cpus}", cpus))
+    if report.network_manager == "may take" and report.desired.networks:
+        clean = False
+        yield warn(
+            "NetworkManager may set up kvmd's bridges and TAPs as connections of its own",
+            f"printf '[keyfile]\\nunmanaged-devices=interface-name:kv*\\n' > {NM_CONF}"
+            " && systemctl reload NetworkManager",
+        )
     if clean:
-        yield ok("no program runs that steers guests, their memory or their CPUs")
+        yield ok("no program runs that steers guests, their memory, their CPUs or their links")
 
 
 def config(report: HostReport) -> Iterator[Finding]:

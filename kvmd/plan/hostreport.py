@@ -218,6 +218,7 @@ class HostReport:
     accounts: Accounts = field(default_factory=Accounts)
     unit: UnitState = field(default_factory=UnitState)
     needrestart: Literal["absent", "exempt", "would restart guests"] = "absent"
+    network_manager: Literal["absent", "leaves", "may take"] = "absent"
 
     @property
     def desired(self) -> Desired:

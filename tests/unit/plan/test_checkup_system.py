@@ -76,6 +76,15 @@ def test_a_rival_runs(box: DoctorHost, name: str) -> None:
     expect(box, "rivals", "warn", f"{name} (pid 666)")
 
 
+def test_network_manager_may_take_kvmd_s_links(box: DoctorHost) -> None:
+    box.process(666, "NetworkManager")
+    expect(box, "rivals", "warn", "NetworkManager may set up", fix="unmanaged-devices=interface-name:kv*")
+    box.write("/etc/NetworkManager/conf.d/kvmd.conf", "[keyfile]\n# unmanaged-devices=interface-name:kv*\n")
+    expect(box, "rivals", "warn", "NetworkManager")
+    box.write("/etc/NetworkManager/conf.d/kvmd.conf", "[keyfile]\nunmanaged-devices=interface-name:kv*\n")
+    expect(box, "rivals", "ok")
+
+
 def test_interrupts_do_not_matter_without_dedicated_guests(box: DoctorHost) -> None:
     box.process(666, "irqbalance")
     expect(box, "rivals", "warn", fix="IRQBALANCE_BANNED_CPULIST=2-3")
