@@ -135,7 +135,7 @@ class RealHost:
                     return group.create_task(task, name=name)
 
                 guests = Roster(services, spawn)
-                manager = Manager(guests, HostObserver(tree, netlink, dnsmasqs), applier)
+                manager = Manager(guests, HostObserver(tree, netlink, dnsmasqs, applier.trials), applier)
                 guests.load()
                 await guests.recover()
                 await guests.learn()
