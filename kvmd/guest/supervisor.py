@@ -371,8 +371,14 @@ class Supervisor:
 
     def _fail(self, error: KvmdError) -> None:
         words = self.services.last_words(self.name)
-        if isinstance(error, Unreachable | TimedOut) and words and (self._run is None or self._run.process.gone):
+        gone = self._run is None or self._run.process.gone
+        if isinstance(error, Unreachable | TimedOut) and words and gone:
             error = QemuFailed(f"guest {self.name}: QEMU did not start: {words}", hint=f"kvmd-cli argv {self.name}")
+        elif isinstance(error, Unreachable | TimedOut) and self._run and gone:
+            error = QemuFailed(
+                f"guest {self.name}: QEMU ended without a word before it answered",
+                hint="`journalctl -k` tells whether the kernel killed it, as it does over limits.memory_max",
+            )
         self._failure = error
         self._feed(lifecycle.StartFailed(error.message))
         if self._run is None and self.state in ALIVE:  # stopped before there was a process

@@ -41,7 +41,7 @@ PAGED = GUEST.format(memory='backing = "file"\npath = "/srv/pages"\npage_size = 
 @pytest.fixture(scope="module")
 def kvmd(lab: Lab) -> Iterator[Lab]:
     """The lab with kvmd installed and running as its service; taken away afterwards."""
-    lab.check("KVMD_WHEELS=/opt/kvmd-wheels /src/kvmd/scripts/install", timeout_s=600)
+    lab.install()
     lab.write("/etc/kvmd/host.toml", HOST)
     lab.write("/etc/kvmd/guests.d/locked.toml", LOCKED)
     lab.write("/etc/kvmd/guests.d/paged.toml", PAGED)

@@ -48,7 +48,7 @@ network = "trunk"
 @pytest.fixture(scope="module")
 def kvmd(lab: Lab) -> Iterator[Lab]:
     """The lab with kvmd running from the checkout's environment, two guests on a filtering bridge."""
-    lab.check("KVMD_WHEELS=/opt/kvmd-wheels /src/kvmd/scripts/install", timeout_s=600)
+    lab.install()
     lab.check("mkdir -p /srv/vm /etc/kvmd/networks.d /etc/kvmd/guests.d && rm -f /etc/kvmd/networks.d/*.toml")
     lab.write("/etc/kvmd/networks.d/trunk.toml", TRUNK)
     for name, keys in (("one", "vlan = 10"), ("two", "vlans = [10, 20, 21]\nnative_vlan = 5")):

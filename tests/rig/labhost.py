@@ -24,6 +24,7 @@ STATE = """
 cd /sys/devices/system/node && grep -s . node*/hugepages/hugepages-*/nr_hugepages
 grep -s . /sys/kernel/mm/ksm/run /sys/kernel/mm/ksm/pages_to_scan /sys/kernel/mm/transparent_hugepage/enabled
 grep -s . /proc/sys/vm/swappiness /proc/sys/net/ipv4/ip_forward /proc/irq/default_smp_affinity
+cat /proc/irq/*/smp_affinity_list | sort | uniq -c
 cat /proc/swaps
 ip -o link | cut -d: -f2,3 | cut -d' ' -f2 | sort
 nft list ruleset

@@ -33,7 +33,12 @@ FILES = {
     "etc/fstab": "/dev/disk/by-id/virtio-src /src ext4 nofail,x-systemd.device-timeout=600 0 0\n",
     # nested=0: the processor that TCG emulates has SVM, and not what a second level needs.
     "etc/modprobe.d/kvmd-lab.conf": "options kvm-amd nested=0\n",
-    "etc/modules-load.d/kvmd-lab.conf": "virtio_console\nkvm-amd\nvhost_net\ntun\n",
+    "etc/modules-load.d/kvmd-lab.conf": "virtio_console\n",
+    # Patching the calls of KVM takes the emulated CPUs seconds, which need not hold up the rest of the boot.
+    "etc/systemd/system/kvmd-lab-kvm.service": (
+        "[Unit]\nDescription=KVM, as udev would load it\nDefaultDependencies=no\nBefore=kvmd.service\n\n"
+        "[Service]\nType=oneshot\nExecStart=/sbin/modprobe -a kvm-amd vhost_net tun\nRemainAfterExit=yes\n"
+    ),
     "etc/systemd/network/20-lab.network": "[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\nLinkLocalAddressing=no\n",
     # kvmd installs here without any index: everything it needs is beside it.
     "etc/pip.conf": "[global]\nno-index = true\nfind-links = /opt/kvmd-wheels\ndisable-pip-version-check = true\n",
@@ -59,6 +64,7 @@ FILES = {
     ),
 }
 LINKS = {
+    "etc/systemd/system/multi-user.target.wants/kvmd-lab-kvm.service": "/etc/systemd/system/kvmd-lab-kvm.service",
     "etc/systemd/system/multi-user.target.wants/kvmd-lab.service": "/etc/systemd/system/kvmd-lab.service",
     "etc/systemd/system/multi-user.target.wants/systemd-networkd.service": (
         "/usr/lib/systemd/system/systemd-networkd.service"

@@ -1,8 +1,8 @@
 """kvmd's environment as scripts/install makes it, made at this machine's speed and not at the lab's.
 
 pip takes minutes under TCG and does there what it does here. So scripts/install is run in a copy-on-write view of the
-same Debian tree the lab is made from, from the same wheels; the lab finds the outcome beside its checkout, puts it in
-/opt/kvmd and runs scripts/install itself, which sees an environment that is up to date and makes the rest: files,
+same Debian tree the lab is made from, from the same wheels; the lab finds the outcome beside its checkout, links it
+into /opt/kvmd and runs scripts/install itself, which sees an environment that is up to date and makes the rest: files,
 users, units. An installation with nothing prepared is a test of its own (tests/lab/test_fresh_lab.py). Needs root.
 """
 

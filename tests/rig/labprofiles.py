@@ -80,8 +80,7 @@ _ALL = (
     Profile(
         "numa",
         "2 nodes, each 2 cores of 2 threads with a 1 GiB page reserved at boot",
-        # Where the kernel itself lies must not be left to chance: it would break one of the few whole GiB of a node.
-        Hardware(cpus=8, threads=2, nodes=2, memory_mib=8192, kernel="nokaslr hugepagesz=1G hugepages=0:1,1:1"),
+        Hardware(cpus=8, threads=2, nodes=2, memory_mib=8192, kernel="hugepagesz=1G hugepages=0:1,1:1"),
     ),
     Profile(
         "iommu",
