@@ -26,6 +26,7 @@ from kvmd.qemu.fds import Launch
 LAUNCHER_TIMEOUT_S = 30.0  # a loaded machine boots twenty guests; systemd itself may be busy
 UNIT_CHECK_S = 2.0
 GREETING_BASE_S = 10.0
+FUNCTION_S = 10.0  # for each device of the host: its reset, and its ROM read
 PREALLOC_S_PER_GIB = 4.0  # touching pages on a slow node, with compaction
 
 
@@ -181,6 +182,6 @@ def _greeting_timeout_s(guest: Guest) -> float:
     """How long QEMU may take to answer: it touches all preallocated memory before it does."""
     if isinstance(guest.start.timeout, float):
         return guest.start.timeout
-    touched = guest.memory.preallocated or guest.memory.lock
+    touched = guest.memory.preallocated or guest.memory.lock or bool(guest.passthrough)  # VFIO pins all of it
     gib = guest.memory.size / (1 << 30) if touched else 0.0
-    return GREETING_BASE_S + PREALLOC_S_PER_GIB * gib
+    return GREETING_BASE_S + FUNCTION_S * len(guest.passthrough) + PREALLOC_S_PER_GIB * gib
