@@ -17,7 +17,7 @@ from kvmd.plan.firewall import forwarding_tables
 from kvmd.plan.nfttable import read_fingerprint, remove_text
 
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
-_DEADLINE_S = 10.0
+_DEADLINE_S = 30.0  # the first use of a kind of rule loads its modules
 _ABSENT = "No such file or directory"
 
 
