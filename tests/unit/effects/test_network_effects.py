@@ -15,8 +15,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmd.actions import EnsureBridge, RemoveBridge, ReplaceRuleset, SetPortVlans, StartDnsmasq, StopDnsmasq
-from kvmd.effects import dnsmasq, nft
+from kvmd.actions import (
+    AttachUplink,
+    DetachUplink,
+    EnsureBridge,
+    RemoveBridge,
+    ReplaceRuleset,
+    SetPortVlans,
+    StartDnsmasq,
+    StopDnsmasq,
+)
+from kvmd.effects import dnsmasq, nft, uplink
 from kvmd.effects.dnsmasq import Backoff, Dnsmasqs
 from kvmd.effects.netlink import Netlink
 from kvmd.errors import Conflict, HostFailed, NotSupported
@@ -279,3 +288,93 @@ async def test_a_watcher_without_servers_waits() -> None:
     assert not watching.done()
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+class Scripted(Route):
+    """Links by name that appear once they were asked for, and one error for one kind of request."""
+
+    def __init__(self, links: dict[str, Message], command: str, code: int) -> None:
+        super().__init__()
+        self.links, self.command, self.code = links, command, code
+
+    async def link(self, command: str, **values: Any) -> Any:
+        self.calls.append((command, str(values.get("ifname", values.get("index")))))
+        if command == self.command:
+            self.command = ""
+            raise OSError(self.code, os.strerror(self.code))
+        if command == "get":
+            if values["ifname"] not in self.links:
+                raise OSError(errno.ENODEV, "")
+            return [self.links[values["ifname"]]]
+        return self._each(None) if command == "dump" else []
+
+
+def card(name: str, index: int, **attributes: Any) -> Message:
+    return Message(ifname=name, index=index, flags=0, mtu=1500, address="fc:00:00:00:00:01", **attributes)
+
+
+def ours(name: str, index: int) -> Message:
+    about = Message(kind="bridge", data=Message(br_stp_state=0))
+    return Message(
+        ifname=name,
+        index=index,
+        flags=1,
+        mtu=1500,
+        address=bridge_mac(name),
+        ifalias=bridge_alias("dmz"),
+        linkinfo=about,
+    )
+
+
+ATTACH = AttachUplink(network="dmz", bridge="kvdmz", interface="card0", rollback_s=60.0, why="test")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.ENOBUFS])
+async def test_a_busy_card_is_tried_again(code: int) -> None:
+    route = Scripted({"card0": card("card0", 7), "kvdmz": ours("kvdmz", 3)}, "set", code)
+    await uplink.attach(netlink(route), ATTACH)
+    assert [call for call in route.calls if call[0] == "set"] == [("set", "7")] * 3  # refused, in, up
+
+
+@pytest.mark.parametrize(
+    ("links", "command", "code", "error", "says"),
+    [
+        ({}, "", 0, Conflict, '"kvdmz" is not a bridge that kvmd made'),
+        ({"kvdmz": card("kvdmz", 3)}, "", 0, Conflict, '"kvdmz" is not a bridge that kvmd made'),
+        ({"kvdmz": ours("kvdmz", 3)}, "", 0, HostFailed, '"card0" does not exist'),
+        ({"kvdmz": ours("kvdmz", 3), "card0": card("card0", 7)}, "set", errno.ENODEV, HostFailed, "No such device"),
+        ({"kvdmz": ours("kvdmz", 3), "card0": card("card0", 7)}, "set", errno.EPERM, HostFailed, "not permitted"),
+    ],
+)
+async def test_what_stands_against_an_uplink_is_named(
+    links: dict[str, Message], command: str, code: int, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        await uplink.attach(netlink(Scripted(links, command, code)), ATTACH)
+
+
+async def test_a_card_that_is_gone_or_elsewhere_is_out_already() -> None:
+    detach = DetachUplink(bridge="kvdmz", interface="card0", why="test")
+    for links in ({}, {"card0": card("card0", 7, master=9), "kvdmz": ours("kvdmz", 3)}):
+        route = Scripted(links, "", 0)
+        await uplink.detach(netlink(route), detach)
+        assert not [call for call in route.calls if call[0] == "set"]
+    route = Scripted({"card0": card("card0", 7, master=3), "kvdmz": ours("kvdmz", 3)}, "set", errno.ENODEV)
+    await uplink.detach(netlink(route), detach)
+
+
+async def test_a_bridge_somebody_makes_at_the_same_moment_is_taken_if_it_is_ours() -> None:
+    links: dict[str, Message] = {}
+    route = Scripted(links, "add", errno.EEXIST)
+    ask = route.link
+
+    async def appear(command: str, **values: Any) -> Any:
+        try:
+            return await ask(command, **values)
+        finally:
+            if command == "add":
+                links["kvdmz"] = ours("kvdmz", 3)
+
+    route.link = appear  # type: ignore[method-assign]
+    await netlink(route).ensure_bridge(EnsureBridge(network="dmz", bridge="kvdmz", why="test"))
+    assert ("set", "3") in route.calls
