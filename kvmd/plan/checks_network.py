@@ -131,7 +131,7 @@ def _drops(report: HostReport, bridge: str) -> tuple[Drop, ...] | Unseen:
 
 def bridges(report: HostReport) -> Iterator[Finding]:
     """Networks of mode bridge join one that the distribution makes."""
-    wanting = _of_mode(report, "bridge")
+    wanting = {name: net for name, net in _of_mode(report, "bridge").items() if net.uplink is None}
     there = {link.name: link for link in report.links}
     clean = True
     for name, network in wanting.items():
@@ -139,7 +139,10 @@ def bridges(report: HostReport) -> Iterator[Finding]:
         link = there.get(bridge)
         if link is None:
             clean = False
-            yield fail(f'network {name}: there is no bridge "{bridge}" to join', _make_bridge(report, bridge))
+            yield fail(
+                f'network {name}: there is no bridge "{bridge}" to join',
+                _make_bridge(report, bridge, vlans=network.network.vlan_filtering),
+            )
         elif link.kind != "bridge":
             clean = False
             fix = f'bridge = "br0" in [network] of networks.d/{name}.toml'
@@ -154,13 +157,19 @@ def _names(networks: Mapping[str, Network]) -> set[str]:
     return {bridge_name(name, network) for name, network in networks.items()}
 
 
-def _make_bridge(report: HostReport, bridge: str) -> str:
-    """The lines for whatever this host sets its network up with, on the interface of its default route."""
+def _make_bridge(report: HostReport, bridge: str, *, vlans: bool) -> str:
+    """The lines for whatever this host sets its network up with, on the interface of its default route.
+
+    `vlans`: the bridge has to filter. netplan has no key for that: the line to type stands behind its own.
+    """
     nic = report.uplink or "enp1s0"
+    filtering = "[Bridge]\\nVLANFiltering=yes\\n" if vlans else ""  # systemd.netdev(5)
+    aware = f"  up ip link set {bridge} type bridge vlan_filtering 1\\n" if vlans else ""
     match report.network_setup:
         case "NetworkManager":
             return (
-                f"nmcli connection add type bridge ifname {bridge} con-name {bridge} && nmcli connection add"
+                f"nmcli connection add type bridge ifname {bridge} con-name {bridge}"
+                f"{' bridge.vlan-filtering yes' if vlans else ''} && nmcli connection add"
                 f" type ethernet ifname {nic} con-name {bridge}-{nic} master {bridge} && nmcli connection up {bridge}"
             )
         case "netplan":
@@ -168,10 +177,12 @@ def _make_bridge(report: HostReport, bridge: str) -> str:
                 f"printf 'network:\\n  version: 2\\n  ethernets: {{{nic}: {{dhcp4: false}}}}\\n"
                 f"  bridges: {{{bridge}: {{interfaces: [{nic}], dhcp4: true}}}}\\n'"
                 " > /etc/netplan/60-kvmd.yaml && netplan try"
+                + (f" && ip link set {bridge} type bridge vlan_filtering 1" if vlans else "")
             )
         case "networkd":
             return (
-                f"printf '[NetDev]\\nName={bridge}\\nKind=bridge\\n' > /etc/systemd/network/10-{bridge}.netdev"
+                f"printf '[NetDev]\\nName={bridge}\\nKind=bridge\\n{filtering}'"
+                f" > /etc/systemd/network/10-{bridge}.netdev"
                 f" && printf '[Match]\\nName={nic}\\n[Network]\\nBridge={bridge}\\n' >"
                 f" /etc/systemd/network/10-{nic}.network && printf '[Match]\\nName={bridge}\\n[Network]\\nDHCP=yes\\n'"
                 f" > /etc/systemd/network/20-{bridge}.network && networkctl reload"
@@ -179,7 +190,7 @@ def _make_bridge(report: HostReport, bridge: str) -> str:
         case "ifupdown":
             return (
                 f"apt-get install bridge-utils && printf 'auto {bridge}\\niface {bridge} inet dhcp\\n"
-                f"  bridge_ports {nic}\\n' > /etc/network/interfaces.d/{bridge} && ifup {bridge}"
+                f"  bridge_ports {nic}\\n{aware}' > /etc/network/interfaces.d/{bridge} && ifup {bridge}"
                 f" (take {nic} out of /etc/network/interfaces)"
             )
 

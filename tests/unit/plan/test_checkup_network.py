@@ -186,3 +186,12 @@ def test_links_of_others_are_not_ours(box: DoctorHost) -> None:
     box.link("tap9", alias="kvmdx:lan:gone:lan", tap=True)
     box.link("virbr0", bridge=True)
     expect(box, "leftover-links", "ok")
+
+
+def test_a_bridge_for_vlans_is_made_filtering_and_one_of_kvmds_own_is_nobodys_to_make(box: DoctorHost) -> None:
+    box.config("networks.d/lan.toml", BRIDGED + "vlan_filtering = true\n")
+    expect(box, "bridges", "fail", 'no bridge "br0"', fix="up ip link set br0 type bridge vlan_filtering 1")
+    box.write("/etc/netplan/50.yaml", "")
+    expect(box, "bridges", "fail", fix="ip link set br0 type bridge vlan_filtering 1")
+    box.config("networks.d/lan.toml", BRIDGED + '[uplink]\ninterface = "enp4s0"\n')
+    expect(box, "bridges", "skip")
