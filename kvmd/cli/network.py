@@ -54,7 +54,7 @@ def _table(networks: Sequence[Mapping[str, Any]], *, on: bool) -> str:
     if not networks:
         return "no networks; kvmd-cli init writes one"
     rows = [
-        (n["name"], n["mode"], n["bridge"] or "-", n["state"], " ".join(n["addresses"]) or "-", str(n["ports"]))
+        (n["name"], n["mode"], n["bridge"], n["state"], " ".join(n["addresses"]) or "-", str(n["ports"]))
         for n in networks
     ]
     colours = {(number, 3): _state(row[3]) for number, row in enumerate(rows)}

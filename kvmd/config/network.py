@@ -172,11 +172,6 @@ def makes_bridge(network: Network) -> bool:
     return network.network.mode != "bridge" or network.uplink is not None
 
 
-def has_bridge(network: Network) -> bool:
-    """Whether guests' NICs are ports of a bridge."""
-    return True
-
-
 def is_forwarding(network: Network) -> bool:
     """Whether guests reach beyond the host through it, so that the host has to route."""
     return network.network.mode in ("nat", "routed")

@@ -28,7 +28,7 @@ class NetworkSummary(Shape):
 
     name: str
     mode: str
-    bridge: str | None = Field(description="null: macvtap has none")
+    bridge: str
     state: NetworkState = Field(description="degraded: something asked for cannot be had, see problems of network.show")
     addresses: tuple[str, ...] = Field(description="of the host on it, as declared")
     ports: int = Field(description="guests' NICs that are plugged in now")
@@ -47,7 +47,7 @@ class NetworkPort(Shape):
     guest: str
     nic: str
     mac: str | None = Field(description="null: the guest was never started")
-    link: str | None = Field(description="the TAP or macvtap; null: not plugged in")
+    link: str | None = Field(description="the TAP; null: not plugged in")
     vlans: str | None = Field(description="what the port carries now; null: the bridge does not filter, or no port")
     ipv4: str | None
     ipv6: str | None
@@ -70,7 +70,7 @@ class NetworkDetail(NetworkSummary):
     stp: bool
     vlan_filtering: bool
     guests_isolated: bool
-    uplink: str | None = Field(description="the NIC below: of [uplink], or of a macvtap network")
+    uplink: str | None = Field(description="the NIC of [uplink]")
     dhcp: tuple[str, ...] = Field(description="the pools, FIRST-LAST")
     domain: str | None
     routes: tuple[str, ...] = Field(description="a routed network: what the upstream router has to send to this host")

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvmd.actions import vlans_text
-from kvmd.config.network import Network, bridge_name, has_bridge
+from kvmd.config.network import Network, bridge_name
 from kvmd.errors import NotFound
 from kvmd.facts import Facts, Link
 from kvmd.manager import Manager
@@ -122,8 +122,8 @@ class NetworkMethods:
         return facts, found
 
     def _summary(self, name: str, network: Network, facts: Facts, problems: tuple[str, ...]) -> shapes.NetworkSummary:
-        bridge = bridge_name(name, network) if has_bridge(network) else None
-        there = bridge is None or any(link.name == bridge and link.kind == "bridge" for link in facts.links)
+        bridge = bridge_name(name, network)
+        there = any(link.name == bridge and link.kind == "bridge" for link in facts.links)
         addresses = [str(config.address) for config in (network.ipv4, network.ipv6) if config]
         trial = next((one for one in facts.uplinks if one.network == name), None) if network.uplink else None
         return shapes.NetworkSummary(
