@@ -89,7 +89,10 @@ def _in_tree(commands: list[str]) -> float:
         tree.write("/etc/systemd/system/kvmd.service.d/tree.conf", BOOT_ID)
         tree.boot()
         tree.check(f"mkdir {CHECKOUT} && cd /src/kvmd && cp -a {PARTS} {CHECKOUT}/")
-        return _timed(commands, run)
+        total = _timed(commands, run)
+        tree.check("kvmd-cli kill web")  # deaf to the power button
+        tree.poweroff()
+        return total
 
 
 if __name__ == "__main__":
