@@ -50,6 +50,7 @@ from kvmd.rpc.peers import find_group, find_user
 from kvmd.rpc.protocol import Limits
 from kvmd.rpc.registry import Registry
 from kvmd.rpc.server import Server
+from kvmd.rpc.standing import StandingMethods
 
 if TYPE_CHECKING:
     from kvmd.tuning.agent import Agent
@@ -121,6 +122,7 @@ class Daemon:
             registry = Registry()
             add_builtin(registry, hub, version=__version__)
             Methods(manager, agent, started_at=self._started_at).add_to(registry)
+            StandingMethods(manager).add_to(registry)
             NetworkMethods(manager).add_to(registry)
             server = Server(registry, _access(manager), limits=_limits(manager))
             await guests.recover()
@@ -163,6 +165,7 @@ class Daemon:
             history.flush()
             if loop.time() >= next_rotation:
                 next_rotation = loop.time() + ROTATE_S
+                guests.services.memory_ran_out()  # so that an end is judged by what was before it
                 for name in guests.supervisors:
                     guests.services.rotate_logs(name)
             if loop.time() >= next_prune:

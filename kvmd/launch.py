@@ -9,8 +9,9 @@ lie where the guest's uid cannot read.
 
 The hand-over: we send `NAME\\n`; kvmd answers with messages of one byte, each with up to 250 fds (SCM_RIGHTS); a byte
 of `.` says more follow (the first one, without fds, only that kvmd is there), `!` is the last, and `-` is a refusal
-whose text follows. `stop NAME\\n` announces that the guest's unit is being stopped; `!` answers it. The first fd is a
-memfd of NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then argv.
+whose text follows. `stop NAME\\n` announces that the guest's unit is being stopped (`down NAME\\n`: with the host); `!`
+answers it. The first fd is a memfd of NUL-terminated fields: `kvmd-launch-1`, uid, gid, groups, target fd numbers, then
+argv.
 
 When kvmd says nothing for SILENCE_S, or does not listen, RUN_DIR/standby.sock is asked the same: `kvmd/standby.py`
 hands over what the guest was last started with. This process itself never opens anything of a guest: it becomes QEMU.
@@ -132,13 +133,13 @@ def launch(run_dir: str, name: str) -> None:
         fail("cannot run " + argv[0] + ": " + str(error))
 
 
-def announce(run_dir: str, name: str) -> None:
+def announce(run_dir: str, name: str, *, goes_down: bool) -> None:
     """Tell kvmd that this end is wanted, so that it is not taken for a crash; go on without it when it is away."""
     peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     peer.settimeout(ANNOUNCE_TIMEOUT_S)
     try:
         connect(peer, run_dir, "launch.sock")
-        peer.send(b"stop " + name.encode() + b"\n")
+        peer.send((b"down " if goes_down else b"stop ") + name.encode() + b"\n")
         peer.recv(1)
     except OSError as error:
         os.write(2, ("kvmd-launch: kvmd was not told of the stop: " + str(error) + "\n").encode())
@@ -163,9 +164,10 @@ def stop(run_dir: str, name: str) -> None:
 
     if "INVOCATION_ID" in os.environ and "MAINPID" not in os.environ:
         return  # systemd runs ExecStop= after an end of QEMU's own, too (systemd.service(5))
-    announce(run_dir, name)
+    goes_down = "INVOCATION_ID" in os.environ and host_goes_down()
+    announce(run_dir, name, goes_down=goes_down)
     patience_s = float(os.environ.get("KVMD_STOP_TIMEOUT_S", "90"))
-    if os.environ.get("KVMD_AT_HOST_SHUTDOWN") == "kill" and host_goes_down():
+    if os.environ.get("KVMD_AT_HOST_SHUTDOWN") == "kill" and goes_down:
         patience_s = 0.0
     monitor = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     monitor.settimeout(5)

@@ -38,32 +38,32 @@ def show(session: Session, parsed: Parsed) -> int:
 
 def start(session: Session, parsed: Parsed) -> int:
     """Bring guests to running."""
-    return _each(session, parsed, _start, "+", "start", needed=lambda state: state not in _UP)
+    return each(session, parsed, _start, "+", "start", needed=lambda state: state not in _UP)
 
 
 def stop(session: Session, parsed: Parsed) -> int:
     """Ask guests to power off."""
-    return _each(session, parsed, _stop, "-", "stop", needed=lambda state: state in _UP)
+    return each(session, parsed, _stop, "-", "stop", needed=lambda state: state in _UP)
 
 
 def kill(session: Session, parsed: Parsed) -> int:
     """Pull the plug."""
-    return _each(session, parsed, _plain("guest.kill"), "-", "kill", needed=lambda state: state in _UP)
+    return each(session, parsed, _plain("guest.kill"), "-", "kill", needed=lambda state: state in _UP)
 
 
 def reboot(session: Session, parsed: Parsed) -> int:
     """The guest's own reboot."""
-    return _each(session, parsed, _plain("guest.reboot"), "~", "reboot")
+    return each(session, parsed, _plain("guest.reboot"), "~", "reboot")
 
 
 def reset(session: Session, parsed: Parsed) -> int:
     """The reset button."""
-    return _each(session, parsed, _plain("guest.reset"), "~", "reset")
+    return each(session, parsed, _plain("guest.reset"), "~", "reset")
 
 
 def restart(session: Session, parsed: Parsed) -> int:
     """Stop, then start: a new QEMU."""
-    return _each(session, parsed, _restart, "~", "restart")
+    return each(session, parsed, _restart, "~", "restart")
 
 
 def _plain(method: str) -> One:
@@ -97,7 +97,7 @@ def _restart(session: Session, parsed: Parsed, name: str) -> Any:
     return _start(session, parsed, name)
 
 
-def _each(
+def each(
     session: Session,
     parsed: Parsed,
     one: One,
@@ -105,12 +105,13 @@ def _each(
     word: str,
     *,
     needed: Callable[[str], bool] = lambda _state: True,
+    done: str | None = None,
 ) -> int:
-    """Do it to every guest named; one failure does not stop the others."""
+    """Do it to every guest named; one failure does not stop the others. `done` is said of each, else its state."""
     names = tuple(dict.fromkeys(parsed.words("NAME")))
     if session.dry_run:
         return _dry(session, names, sign, word, needed)
-    done: list[Any] = []
+    results: list[Any] = []
     failed: list[KvmdError] = []
     for name in names:
         try:
@@ -121,15 +122,16 @@ def _each(
             tell(error)
             failed.append(error)
             continue
-        done.append(result)
+        results.append(result)
         if not session.json:
-            session.out(f"{result['name']} is {result['state']}{'' if result['changed'] else ' already'}")
+            said = done or f"is {result['state']}"
+            session.out(f"{result['name']} {said}{'' if result['changed'] else ' already'}")
     if session.json:
-        session.document(done[0] if len(names) == 1 else done)
+        session.document(results[0] if len(names) == 1 else results)
     if not failed:
         return 0
     codes = {error.exit_code for error in failed}
-    return codes.pop() if len(codes) == 1 and not done else PartlyFailed.exit_code
+    return codes.pop() if len(codes) == 1 and not results else PartlyFailed.exit_code
 
 
 def _dry(session: Session, names: Sequence[str], sign: str, word: str, needed: Callable[[str], bool]) -> int:

@@ -135,6 +135,8 @@ def notes(guest: Mapping[str, Any]) -> list[str]:
     up = guest["state"] not in ("stopped", "failed")
     if guest["wanted"] and (guest["wanted"] == "running") != up:
         said.append(f"wanted {guest['wanted']}")
+    if guest["held"]:
+        said.append(f"held: {guest['held']}")
     if guest["pending"]:
         said.append(f"pending: {', '.join(guest['pending'])}")
     if guest["stale"]:

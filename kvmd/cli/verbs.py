@@ -80,9 +80,18 @@ _GUEST_VERBS = (
     Verb("reset", "guests", "press the reset button", "kvmd.cli.guests:reset", (_GUESTS,), changes=True),
     Verb("restart", "guests", "stop, then start: a new QEMU, with the present file", "kvmd.cli.guests:restart",
          (_GUESTS,), (_FORCE,), changes=True),
+    Verb("enable", "guests", "start guests with the host", "kvmd.cli.standing:enable", (_GUESTS,), changes=True),
+    Verb("disable", "guests", "start guests with the host no more", "kvmd.cli.standing:disable", (_GUESTS,),
+         changes=True),
+    Verb("hold", "guests", "keep automatic hands off guests", "kvmd.cli.standing:hold", (_GUESTS,),
+         (Option("--reason", "for those who wonder", "TEXT"),), changes=True),
+    Verb("unhold", "guests", "lift that", "kvmd.cli.standing:unhold", (_GUESTS,), changes=True),
+    Verb("wait", "guests", "until guests are off, or running", "kvmd.cli.standing:wait", (_GUESTS,),
+         (Option("--for", "stopped", "STATE", choices=("running", "stopped")),)),
 )  # fmt: skip
 
 _LOOKING = (
+    Verb("why", "looking", "what happened to a guest, and who asked for it", "kvmd.cli.standing:why", (_GUEST,)),
     Verb("logs", "looking", "what a guest wrote to its serial ports", "kvmd.cli.logs:logs", (_GUEST,),
          (
              Option("--serial", "only this serial port", "PORT"),
@@ -134,8 +143,8 @@ ALIASES = {"shutdown": "stop", "destroy": "kill", "dominfo": "show", "nodeinfo":
 
 # Names that are taken: they will mean what architecture says, and nothing before that.
 LATER = frozenset({
-    "health", "suspend", "resume", "save", "enable", "disable", "hold", "unhold", "wait", "delete", "clone",
-    "rename", "release", "why", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
+    "health", "suspend", "resume", "save", "delete", "clone",
+    "rename", "release", "monitor", "screenshot", "ip", "stats", "top", "graph", "disk", "nic", "image",
     "backup", "restore", "import running", "import libvirt", "import proxmox",
     "import bundle", "export", "capabilities", "job", "db",
     "host drain", "host undrain", "tune advise", "tune record", "tune replay", "tune simulate",

@@ -23,7 +23,7 @@ from kvmd.unixpath import ShortPath
 
 _log = logging.getLogger(__name__)
 NAME_TIMEOUT_S = 5.0
-_NAME = re.compile(rb"(stop )?([a-z0-9](?:[a-z0-9-]{0,45}[a-z0-9])?)\n")
+_NAME = re.compile(rb"(stop |down )?([a-z0-9](?:[a-z0-9-]{0,45}[a-z0-9])?)\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,13 @@ class Spec:
 class Asking:
     """A launcher that waits for its hand-over."""
 
-    def __init__(self, name: str, pid: int, peer: socket.socket, *, stop: bool = False) -> None:
+    def __init__(
+        self, name: str, pid: int, peer: socket.socket, *, stop: bool = False, host_goes_down: bool = False
+    ) -> None:
         self.name = name
         self.pid = pid
         self.stop = stop  # no hand-over is asked for: the guest's unit is being stopped
+        self.host_goes_down = host_goes_down  # ... because of that
         self._peer = peer
 
     def hand_over(self, spec: Spec, fds: Sequence[tuple[int, int]]) -> None:
@@ -132,7 +135,7 @@ class HandoverServer:
                 peer.close()
                 await self._on_left(name)
                 return
-        await self._on_asking(Asking(name, pid, peer, stop=stop))
+        await self._on_asking(Asking(name, pid, peer, stop=stop, host_goes_down=asked[1] == b"down "))
 
     async def _read_name(self, peer: socket.socket) -> bytes:
         loop = asyncio.get_running_loop()

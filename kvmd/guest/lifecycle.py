@@ -35,6 +35,7 @@ class Cause(StrEnum):
     ADMIN_STOP = "admin-stop"
     ADMIN_KILL = "admin-kill"
     QEMU_CRASH = "qemu-crash"
+    OUT_OF_MEMORY = "out-of-memory"
     START_FAILED = "start-failed"
     HOST_SHUTDOWN = "host-shutdown"
     VANISHED = "vanished"  # ended while kvmd was away, and left no word
@@ -85,6 +86,7 @@ class Adopted:
 class StopAsked:
     actor: str
     told: bool = False  # whoever asks has pressed the guest's power button already
+    host_goes_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +135,14 @@ class MonitorBack:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The process is gone; `status` as of waitpid (negative: signal), None when it was not our child."""
+    """The process is gone; `status` as of waitpid (negative: signal), None when it was not our child.
+
+    `out_of_memory`: the kernel has been killing for lack of memory.
+    """
 
     status: int | None
     last_words: str = ""
+    out_of_memory: bool = False
 
 
 Event = (
@@ -172,6 +178,7 @@ class Effect(StrEnum):
 
 
 Step = tuple[Life, tuple[Effect, ...]]
+_SIGKILL = -9
 
 # QMP RunState -> what it means for a QEMU that was already up (qapi/run-state.json)
 _RUN_STATES = {
@@ -196,8 +203,8 @@ def step(life: Life, event: Event, policy: Policy) -> Step:
             return Life(State.FAILED, message, Cause.START_FAILED), (Effect.KILL, Effect.RELEASE)
         case Adopted(status):
             return _seen(Life(State.UNREACHABLE, "monitor silent"), status, policy)
-        case StopAsked(actor, told):
-            return _stop_asked(life, actor, told=told)
+        case StopAsked(actor, told, host_goes_down):
+            return _stop_asked(life, actor, told=told, host_goes_down=host_goes_down)
         case StopGaveUp(waited_s):
             if life.state is not State.STOPPING or life.cause is not Cause.ADMIN_STOP:
                 return life, ()
@@ -220,8 +227,8 @@ def step(life: Life, event: Event, policy: Policy) -> Step:
             return life, ()
         case MonitorBack(status):
             return _seen(life, status, policy) if life.state is State.UNREACHABLE else (life, ())
-        case Exited(status, last_words):
-            return _exited(life, status, last_words, policy)
+        case Exited():
+            return _exited(life, event, policy)
         case _:
             assert_never(event)
 
@@ -232,8 +239,10 @@ def _start_asked(life: Life) -> Step:
     return Life(State.STARTING), (Effect.LAUNCH,)
 
 
-def _stop_asked(life: Life, actor: str, *, told: bool) -> Step:
+def _stop_asked(life: Life, actor: str, *, told: bool, host_goes_down: bool) -> Step:
     stopping = Life(State.STOPPING, f"stop asked by {actor}", Cause.ADMIN_STOP)
+    if host_goes_down:
+        stopping = Life(State.STOPPING, "the host goes down", Cause.HOST_SHUTDOWN)
     match life.state:
         case State.RUNNING | State.PAUSED | State.UNREACHABLE if told:
             return stopping, ()
@@ -286,7 +295,8 @@ def _seen(life: Life, status: str | None, policy: Policy) -> Step:
     return Life(state, "" if state is State.RUNNING else f"QEMU says {status}"), ()
 
 
-def _exited(life: Life, status: int | None, last_words: str, policy: Policy) -> Step:
+def _exited(life: Life, event: Exited, policy: Policy) -> Step:
+    status, last_words = event.status, event.last_words
     if life.state not in ALIVE:
         return life, ()
     if life.state is State.STARTING:
@@ -302,9 +312,12 @@ def _exited(life: Life, status: int | None, last_words: str, policy: Policy) -> 
             after = (Effect.RESTART,) if policy.panic == "restart" else ()
             return replace(life, state=State.FAILED), (Effect.RELEASE, *after)
         case _:
-            words = _death(status, last_words)
+            words, cause = _death(status, last_words), Cause.QEMU_CRASH
+            if event.out_of_memory and status in (None, _SIGKILL):
+                words = "no memory was left on the host, or within limits.memory_max"
+                cause = Cause.OUT_OF_MEMORY
             after = (Effect.RESTART,) if policy.crash == "restart" else ()
-            return Life(State.FAILED, words, Cause.QEMU_CRASH), (Effect.RELEASE, *after)
+            return Life(State.FAILED, words, cause), (Effect.RELEASE, *after)
 
 
 def _death(status: int | None, last_words: str) -> str:

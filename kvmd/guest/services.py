@@ -30,13 +30,15 @@ from kvmd.effects.descriptors import Descriptors, Opener, TapPlan
 from kvmd.effects.handover import runs_as_unit
 from kvmd.effects.laststart import LastStart
 from kvmd.effects.netlink import Netlink
+from kvmd.effects.oom import OomWatch
 from kvmd.effects.probe import kvm_usable, probe
 from kvmd.effects.qmp import Monitor
-from kvmd.effects.records import GuestRun, WantedState
+from kvmd.effects.records import GuestRun, Hold, WantedState
 from kvmd.effects.store import Store
 from kvmd.effects.sysfs import HostTree
 from kvmd.effects.systemd import Units, guest_unit
 from kvmd.effects.tapscripts import TapScripts
+from kvmd.effects.tree import Tree
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import EMPTY, Process, Usage
 from kvmd.guest.pages import PageBook
@@ -126,6 +128,7 @@ class Services:
     _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
     _kvm: Kvm = field(default_factory=lambda: Kvm(usable=False, reason="not looked at yet", fix=None))
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one probe at a time: twenty starts want the same
+    _oom: OomWatch = field(default_factory=lambda: OomWatch(Tree()))
     _identities: dict[str, tuple[object, Identity]] = field(default_factory=dict)  # by what changes with the file
 
     # ---- the guest as its file has it ---------------------------------------------------------------------------
@@ -445,10 +448,21 @@ class Services:
             raise Refused("its file is gone")
         now, restart = self.now(), guest.restart
         self.store.record_crash(name, now)
+        hold = self.hold(name)
+        if hold:
+            raise Refused(f"not restarted: held by {hold.actor}")
         count = self.store.crashes_since(name, now - restart.within)
         if count > restart.limit:
             raise Refused(f"not restarted: {count} ends within {restart.within} (restart.limit = {restart.limit})")
         return float(restart.backoff) * float(2 ** min(count - 1, 10))
+
+    def hold(self, name: str) -> Hold | None:
+        """Who keeps automatic hands off the guest, and why."""
+        return next((hold for hold in self.store.holds() if hold.guest == name), None)
+
+    def memory_ran_out(self) -> bool:
+        """Whether the kernel has just been killing for lack of memory. Asked often, it can tell which end was that."""
+        return self._oom.look(time.monotonic())
 
     async def start_unit(self, name: str, guest: Guest) -> None:
         """Start the guest's unit, told first what this guest needs beyond the template. HostFailed, TimedOut."""

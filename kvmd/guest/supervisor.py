@@ -135,6 +135,13 @@ class Supervisor:
         await self._until(lambda: self.state not in ALIVE, KILL_TIMEOUT_S, "kill")
         return True
 
+    async def reach(self, reached: Callable[[State], bool], timeout_s: float, what: str) -> None:
+        """Wait until the guest is in such a state. TimedOut."""
+        try:
+            await self._until(lambda: reached(self.state), timeout_s, what)
+        except TimedOut:
+            raise TimedOut(f"guest {self.name} is {self.state} and not {what} after {timeout_s:g} s") from None
+
     async def reset(self) -> None:
         """The reset button: the guest starts over in the same QEMU."""
         await self.qmp("system_reset")
@@ -158,6 +165,11 @@ class Supervisor:
             with contextlib.suppress(TimedOut):
                 await self._until(lambda: self.state not in ALIVE, LAUNCHER_PATIENCE_S, "stop")
         if self._birth is None and self.state not in ALIVE and self.services.is_unit_of(self.name, asking.pid):
+            hold = self.services.hold(self.name)
+            if hold:  # the host's boot and `systemctl start` look the same from here
+                words = f"{hold.actor}{': ' if hold.reason else ''}{hold.reason}"
+                asking.refuse(f"guest {self.name} is held by {words}; kvmd-cli start starts it all the same")
+                return
             try:
                 self._want_by_systemd("running", "its unit was started")
             except KvmdError as error:
@@ -170,11 +182,9 @@ class Supervisor:
     def unit_stops(self, asking: Asking) -> None:
         """systemd stops the guest's unit; its launcher tells us, then asks the guest. From here on it is no crash."""
         if self.services.is_unit_of(self.name, asking.pid) and self.state in ALIVE:
-            try:
-                self._want_by_systemd("stopped", "its unit was stopped")
-            except KvmdError as error:  # a full disk: it stops all the same
-                _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
-            self._feed(lifecycle.StopAsked("systemd", told=True))
+            if not asking.host_goes_down:
+                self._stop_by_systemd()
+            self._feed(lifecycle.StopAsked("systemd", told=True, host_goes_down=asking.host_goes_down))
         asking.note()
 
     def note_balloon(self, actual_bytes: int) -> None:
@@ -203,7 +213,7 @@ class Supervisor:
             if status == 0:  # a guest's own end waits for us in QEMU; this one was asked of its unit
                 self._set(Life(State.STOPPING, "its unit was stopped while kvmd was away", Cause.ADMIN_STOP))
                 self._want_by_systemd("stopped", "its unit was stopped while kvmd was away")
-            self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
+            self._feed(self._exited(status))
             return
         if record.process is None:
             record = self.services.store.record_process(self.name, watched.process.pid, watched.process.start_time)
@@ -304,13 +314,17 @@ class Supervisor:
         if status is None and self.services.units and self.status.life.cause is None:
             self._spawn(self._ask_status(run), "status")
         else:
-            self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
+            self._feed(self._exited(status))
 
     async def _ask_status(self, run: _Run) -> None:
         """An end nobody asked for, of a process that is systemd's child: systemd knows how."""
         status = await self.services.unit_status(self.name, run.process.process.pid)
         if run is self._run:
-            self._feed(lifecycle.Exited(status, self.services.last_words(self.name)))
+            self._feed(self._exited(status))
+
+    def _exited(self, status: int | None) -> lifecycle.Exited:
+        words = self.services.last_words(self.name)
+        return lifecycle.Exited(status, words, out_of_memory=self.services.memory_ran_out())
 
     # ---- effects ----------------------------------------------------------------------------------------------
 
@@ -464,6 +478,12 @@ class Supervisor:
         wanted = self.services.store.wanted(self.name)
         if wanted is None or wanted.state != state:
             self.services.want(self.name, state, actor="systemd", reason=reason)
+
+    def _stop_by_systemd(self) -> None:
+        try:
+            self._want_by_systemd("stopped", "its unit was stopped")
+        except KvmdError as error:  # a full disk: it stops all the same
+            _log.error("guest %s: %s", self.name, error, extra={"KVMD_GUEST": self.name})
 
     async def _restart(self) -> None:
         try:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from kvmd import __version__
 from kvmd.actions import AnyAction, Disruption, Outcome, Problem, RestartGuest
 from kvmd.config.desired import Fault
-from kvmd.effects.records import WantedState
+from kvmd.effects.records import Hold, WantedState
 from kvmd.guest.lifecycle import ALIVE
 from kvmd.guest.supervisor import Supervisor
 from kvmd.manager import Manager, Report
@@ -93,7 +93,8 @@ class Methods:
         if self._list is None or self._list[0] != self._manager.guests.version:
             version = self._manager.guests.version
             asked = {wanted.guest: wanted.state for wanted in self._manager.services.store.all_wanted()}
-            guests = tuple(self._summary(supervisor, asked.get(supervisor.name)) for supervisor in self._listed())
+            held = {hold.guest: hold for hold in self._manager.services.store.holds()}
+            guests = tuple(self._summary(s, asked.get(s.name), held.get(s.name)) for s in self._listed())
             shown = results.GuestList(guests=guests)
             self._list = (version, RawJson(shown.model_dump_json().encode()))
         return self._list[1]
@@ -107,7 +108,7 @@ class Methods:
         run = supervisor.record
         wanted = services.store.wanted(name)
         return results.GuestDetail(
-            **self._summary(supervisor, wanted.state if wanted else None).model_dump(),
+            **self._summary(supervisor, wanted.state if wanted else None, services.hold(name)).model_dump(),
             description=guest.guest.description or None if guest else None,
             owner=guest.guest.owner if guest else None,
             tags=guest.guest.tags if guest else (),
@@ -177,7 +178,7 @@ class Methods:
         found = (s for s in self._manager.guests.supervisors.values() if s.name in declared or s.state in ALIVE)
         return sorted(found, key=lambda supervisor: supervisor.name)
 
-    def _summary(self, supervisor: Supervisor, wanted: WantedState | None) -> results.GuestSummary:
+    def _summary(self, supervisor: Supervisor, wanted: WantedState | None, hold: Hold | None) -> results.GuestSummary:
         services, name, status = self._manager.services, supervisor.name, supervisor.status
         guest = services.guest(name)
         run = supervisor.record
@@ -191,6 +192,7 @@ class Methods:
             memory_bytes=int(guest.memory.size) if guest else 0,
             balloon_bytes=status.balloon_bytes,
             wanted=wanted,
+            held=(hold.reason or f"by {hold.actor}") if hold else None,
             since=status.since or None,
             pending=self._manager.guests.pending(supervisor),
             stale=name in services.loaded.desired.stale,

@@ -42,6 +42,43 @@ class GuestVerbParams(GuestParams):
     wait: bool = Field(default=True, description="answer when it is done, not when it has begun")
 
 
+class HoldParams(GuestParams):
+    """One guest, and why nobody shall touch it."""
+
+    reason: str = Field(default="", max_length=500)
+
+
+class WaitParams(GuestParams):
+    """One guest, and what to wait for."""
+
+    until: Literal["running", "stopped"] = Field(default="stopped", description='"stopped": off, however it ended')
+    timeout_s: float = Field(default=60.0, gt=0, le=600)
+
+
+class Why(Shape):
+    """What happened to a guest. Everything about its end is null while it is alive."""
+
+    name: str
+    state: State
+    since: float | None = Field(description="when it came into this state")
+    answer: str = Field(description="for people")
+    cause: str | None = Field(
+        description="guest-poweroff, guest-panic, admin-stop, admin-kill, qemu-crash, out-of-memory, start-failed,"
+        " host-shutdown, vanished; null: it is alive or never ran"
+    )
+    begun_at: float | None = Field(description="of its present or last run")
+    ended_at: float | None
+    wanted: str | None
+    wanted_by: str | None
+    wanted_because: str | None
+    wanted_at: float | None
+    held_by: str | None
+    held_because: str | None
+    crashes: int = Field(description="within its restart.within")
+    crashes_allowed: int
+    last_words: str | None = Field(description="of its QEMU")
+
+
 class GuestVerbResult(Shape):
     """Where the guest is now, and whether that needed doing."""
 
@@ -62,6 +99,7 @@ class GuestSummary(Shape):
     memory_bytes: int
     balloon_bytes: int | None = Field(description="what the balloon leaves it now")
     wanted: str | None = Field(description="the state kvmd works towards")
+    held: str | None = Field(description="why automatic hands are kept off it")
     since: float | None = Field(description="when it came into this state")
     pending: tuple[str, ...] = Field(description="keys of its file that differ from what runs")
     stale: bool = Field(description="its file does not check; the last good one counts")

@@ -11,6 +11,7 @@ from kvmd.rpc.events import EventHub
 from kvmd.rpc.methods import Methods
 from kvmd.rpc.networks import NetworkMethods
 from kvmd.rpc.registry import Registry
+from kvmd.rpc.standing import StandingMethods
 from kvmd.tuning.agent import Agent
 
 
@@ -20,6 +21,7 @@ def registry() -> Registry:
     add_builtin(found, EventHub(), version="0")
     nothing: Any = None
     Methods(cast(Manager, nothing), lambda: cast(Agent, nothing), started_at=0.0).add_to(found)
+    StandingMethods(cast(Manager, nothing)).add_to(found)
     NetworkMethods(cast(Manager, nothing)).add_to(found)
     return found
 

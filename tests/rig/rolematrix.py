@@ -33,7 +33,7 @@ LOOKING = frozenset(
         "show",
         "stats",
     ]
-) | {"status", "subscribe", "top", "version", "why"}
+) | {"status", "subscribe", "top", "version", "wait", "why"}
 
 
 class NoOutlet:

@@ -257,6 +257,10 @@ def test_a_guest_comes_with_the_host_and_goes_before_kvmd(host: InstalledTree) -
     # Deaf, with three minutes to obey: it is not waited for when the host goes down, and only then.
     host.tiny("deaf", '[stop]\nat_host_shutdown = "kill"\n')
     host.cli("start", "deaf")
+    # Linked to come with the host, and held.
+    assert host.cli("enable", "tiny")["changed"] is True
+    assert host.tree.check("systemctl is-enabled kvmd-guest@tiny") == "enabled\n"
+    host.cli("hold", "--reason", "its disk is away", "tiny")
     host.tree.write("/etc/systemd/journald.conf.d/test.conf", "[Journal]\nStorage=persistent\n")
     host.tree.check("mkdir -p /var/log/journal && systemctl restart systemd-journald && journalctl --flush")
     begun = time.monotonic()
@@ -266,7 +270,12 @@ def test_a_guest_comes_with_the_host_and_goes_before_kvmd(host: InstalledTree) -
     shown = host.wait_guest("boot", "running", 90)
     assert shown["wanted"] == "running"
     others = {guest["name"]: guest["wanted"] for guest in host.cli("list")["guests"] if guest["name"] != "boot"}
-    assert others == dict.fromkeys(("tiny", "lin", "wide", "crash", "deaf"), "stopped")
+    assert others == {**dict.fromkeys(("lin", "wide", "crash", "deaf"), "stopped"), "tiny": "running"}
+    assert host.cli("why", "deaf")["cause"] == "host-shutdown"
+    assert host.show("tiny")["pid"] is None
+    assert "held by root: its disk is away" in host.tree.check("cat /var/log/kvmd/tiny/qemu.log")
+    for verb in ("disable", "stop", "unhold"):
+        host.cli(verb, "tiny")
     assert host.tree.check("systemctl is-active kvmd kvmd-guests.target kvmd-reconcile.timer").split() == ["active"] * 3
     at = {
         unit: int(host.property(unit, "ActiveEnterTimestampMonotonic"))

@@ -32,6 +32,7 @@ SUMMARY: dict[str, Any] = {
     "since": 100.0,
     "pending": [],
     "stale": False,
+    "held": None,
     "observed_at": 100.0,
 }
 DETAIL = SUMMARY | {

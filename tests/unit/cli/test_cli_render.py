@@ -96,6 +96,7 @@ def summary(**changes: object) -> dict[str, object]:
         "since": 100.0,
         "pending": [],
         "stale": False,
+        "held": None,
         "observed_at": 100.0,
     }
     return results.GuestSummary.model_validate(base | changes, strict=False).model_dump(mode="json")
@@ -124,6 +125,7 @@ def test_the_list_of_guests() -> None:
         ({"wanted": "stopped"}, "wanted stopped"),
         ({"state": "stopped", "reason": "powered off by the guest", "wanted": "stopped"}, "powered off by the guest"),
         ({"pending": ["memory.size", "cpu.vcpus"]}, "pending: memory.size, cpu.vcpus"),
+        ({"held": "backup at night"}, "held: backup at night"),
         ({"stale": True}, "its file has faults, the last good one counts"),
         ({"reason": "kept from an earlier state"}, None),
     ],

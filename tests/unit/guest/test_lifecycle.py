@@ -170,3 +170,22 @@ def test_any_order_of_events_ends_in_one_state_and_never_launches_twice(events: 
         if isinstance(event, lc.Adopted):
             alive_qemu = life.state in ALIVE
         assert alive_qemu == (life.state in ALIVE)
+
+
+def test_an_end_by_the_kernel_for_lack_of_memory_is_told_from_a_crash() -> None:
+    running = Life(State.RUNNING)
+    for status, cause in ((-9, Cause.OUT_OF_MEMORY), (None, Cause.OUT_OF_MEMORY), (-11, Cause.QEMU_CRASH)):
+        life, effects = lc.step(running, lc.Exited(status, out_of_memory=True), Policy())
+        assert (life.state, life.cause) == (State.FAILED, cause)
+        assert Effect.RESTART in effects
+    assert lc.step(running, lc.Exited(-9), Policy())[0].cause is Cause.QEMU_CRASH
+    killed, _ = lc.step(running, lc.KillAsked("alice"), Policy())
+    assert lc.step(killed, lc.Exited(-9, out_of_memory=True), Policy())[0].cause is Cause.ADMIN_KILL
+
+
+def test_a_guest_that_goes_with_the_host_was_not_stopped_by_anyone() -> None:
+    life, effects = lc.step(Life(State.RUNNING), lc.StopAsked("systemd", told=True, host_goes_down=True), Policy())
+    assert (life.state, life.cause, effects) == (State.STOPPING, Cause.HOST_SHUTDOWN, ())
+    life, _ = lc.step(life, lc.ShutDown("guest-shutdown"), Policy())
+    life, effects = lc.step(life, lc.Exited(0), Policy())
+    assert (life.state, life.cause, effects) == (State.STOPPED, Cause.HOST_SHUTDOWN, (Effect.RELEASE,))

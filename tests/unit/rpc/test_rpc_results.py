@@ -29,6 +29,7 @@ SUMMARY = GuestSummary(
     since=1.5,
     pending=("memory.size",),
     stale=False,
+    held=None,
     observed_at=2.5,
 )
 
@@ -58,6 +59,7 @@ def test_names_without_a_value_are_null_and_present() -> None:
         "since": 1.5,
         "pending": ["memory.size"],
         "stale": False,
+        "held": None,
         "observed_at": 2.5,
     }
 
