@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -93,6 +94,14 @@ def started_without(host: KvmdHost, name: str) -> subprocess.Popen[str]:
     return child
 
 
+def slay(pid: int) -> None:
+    """SIGKILL, and back when it has ended: until then its images are locked."""
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 20)[0]
+    os.close(pidfd)
+
+
 def end(child: subprocess.Popen[str]) -> None:
     child.kill()
     child.wait()
@@ -110,7 +119,7 @@ def test_a_guest_is_up_without_kvmd_and_adopted_by_the_next(host: KvmdHost) -> N
     host.wait_serial("web", "web is up")
     _recorded(host)
     host.kill()
-    os.kill(before["pid"], signal.SIGKILL)
+    slay(before["pid"])
     child = started_without(host, "web")
     try:
         tap = before["nics"][0]["tap"]
@@ -165,7 +174,7 @@ def test_kvmd_waits_for_a_guest_that_is_being_born_without_it(host: KvmdHost) ->
     _recorded(host)
     pid = host.show("web")["pid"]
     host.kill()
-    os.kill(pid, signal.SIGKILL)
+    slay(pid)
     mark = os.open(host.run / "standby/web", os.O_RDWR | os.O_CREAT)
     fcntl.flock(mark, fcntl.LOCK_EX)
     host.start()
