@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from kvmd.effects.handover import runs_as_unit
 from kvmd.effects.laststart import LastStart
 from kvmd.effects.netlink import Netlink
 from kvmd.effects.oom import OomWatch
-from kvmd.effects.probe import kvm_usable, probe
 from kvmd.effects.qmp import Monitor
 from kvmd.effects.records import GuestRun, Hold, WantedState
 from kvmd.effects.store import Store
@@ -41,6 +39,8 @@ from kvmd.effects.tapscripts import TapScripts
 from kvmd.effects.tree import Tree
 from kvmd.errors import ConfigInvalid, KvmdError, NotFound, QemuFailed, Refused
 from kvmd.facts import EMPTY, Process, Usage
+from kvmd.guest.emulators import Emulators, resolve
+from kvmd.guest.identities import Identities
 from kvmd.guest.pages import PageBook
 from kvmd.paths import Paths
 from kvmd.plan.cpus import Placement
@@ -49,8 +49,8 @@ from kvmd.plan.ports import has_fence, tbf_of
 from kvmd.plan.units import drop_in
 from kvmd.plan.vfio import Grant
 from kvmd.plan.vlans import VlanWish
-from kvmd.qemu import argv, explain, identity, verify
-from kvmd.qemu.caps import Accel, Capabilities, Kvm, choose_accel
+from kvmd.qemu import argv, explain, verify
+from kvmd.qemu.caps import Accel, Capabilities
 from kvmd.qemu.fds import Launch
 from kvmd.qemu.identity import Identity
 from kvmd.units import Size
@@ -125,11 +125,13 @@ class Services:
         default_factory=asyncio.Event
     )  # all adopted guests' CPUs are known: starts may place
     loaded: Loaded = field(default_factory=lambda: Loaded(desired=Desired()))
-    _caps: dict[tuple[object, ...], Capabilities] = field(default_factory=dict)
-    _kvm: Kvm = field(default_factory=lambda: Kvm(usable=False, reason="not looked at yet", fix=None))
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one probe at a time: twenty starts want the same
     _oom: OomWatch = field(default_factory=lambda: OomWatch(Tree()))
-    _identities: dict[str, tuple[object, Identity]] = field(default_factory=dict)  # by what changes with the file
+    _identities: Identities = field(init=False)
+    _emulators: Emulators = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._identities = Identities(self.paths)
+        self._emulators = Emulators(self.paths.state / "cache")
 
     # ---- the guest as its file has it ---------------------------------------------------------------------------
 
@@ -153,17 +155,15 @@ class Services:
 
     def identity(self, name: str) -> Identity | None:
         """The guest's identity as it was last written; None before its first start."""
-        path = self.paths.guest_state(name) / "identity.toml"
-        try:
-            status = path.stat()
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-            known = self._identities.get(name)
-            if known is None or known[0] != stamp:
-                known = self._identities[name] = stamp, identity.from_toml(name, path.read_text())
-        except FileNotFoundError:
-            self._identities.pop(name, None)
-            return None
-        return known[1]
+        return self._identities.get(name)
+
+    def macs(self) -> Mapping[tuple[str, str], str]:
+        """MACs of all declared guests by (guest, nic); a guest that was never started has none yet."""
+        return self._identities.macs(self.loaded.desired.guests)
+
+    def uuids(self) -> Mapping[str, str]:
+        """UUIDs of all declared guests that have an identity."""
+        return self._identities.uuids(self.loaded.desired.guests)
 
     # ---- before a birth -----------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Services:
         placement = self.place(name)
         emulator = self._emulator(guest)
         accel, warning = await self._accel(guest, emulator)
-        caps = await self._capabilities(emulator, accel)
+        caps = await self._emulators.capabilities(emulator, accel)
         ident = self._allot_identity(name, guest, caps)
         grants = await self.devices.settle(name, ident.macs) if self.devices else ()
         low, high = self.loaded.desired.daemon.qemu.uid_range
@@ -195,7 +195,7 @@ class Services:
         guest = self.declared(name)
         emulator = self._emulator(guest)
         accel, _ = await self._accel(guest, emulator)
-        caps = await self._capabilities(emulator, accel)
+        caps = await self._emulators.capabilities(emulator, accel)
         return explain.explain(name, guest, caps, self._allot_identity(name, guest, caps), accel=accel)
 
     async def identify(self, name: str) -> None:
@@ -204,51 +204,17 @@ class Services:
         if self.units:
             files.ensure_dir(self.paths.guest_log(name), 0o750)  # systemd may be the first to start it
         if known is None or guest.nic.keys() - known.macs.keys():
-            self._allot_identity(name, guest, await self._capabilities(self._emulator(guest), "tcg"))
+            self._allot_identity(name, guest, await self._emulators.capabilities(self._emulator(guest), "tcg"))
 
     def _emulator(self, guest: Guest) -> str:
-        return _resolve(guest.machine.emulator or self.loaded.desired.daemon.qemu.emulator)
+        return resolve(guest.machine.emulator or self.loaded.desired.daemon.qemu.emulator)
 
     async def _accel(self, guest: Guest, emulator: str) -> tuple[Accel, str | None]:
-        """The accelerator and a warning; KVM is proved once and asked for again as long as it was not usable."""
-        if guest.machine.accel != "tcg" and not self._kvm.usable:
-            low, _ = self.loaded.desired.daemon.qemu.uid_range
-            async with self._asking:
-                if not self._kvm.usable:
-                    self._kvm = await kvm_usable(emulator, uid=low, gid=self.qemu_gid or low)
-        return choose_accel(guest.machine.accel, self._kvm)
-
-    async def _capabilities(self, emulator: str, accel: Accel) -> Capabilities:
-        key = (emulator, *_stamp(emulator), accel)
-        if key not in self._caps:
-            async with self._asking:
-                if key not in self._caps:
-                    self._caps[key] = await probe(emulator, accel, self.paths.state / "cache")
-        return self._caps[key]
+        low, _ = self.loaded.desired.daemon.qemu.uid_range
+        return await self._emulators.accel(emulator, guest.machine.accel, uid=low, gid=self.qemu_gid or low)
 
     def _allot_identity(self, name: str, guest: Guest, caps: Capabilities) -> Identity:
-        previous = self.identity(name)
-        new_nics = previous is None or guest.nic.keys() - previous.macs.keys()
-        taken = frozenset(mac for (other, _), mac in self.macs().items() if other != name) if new_nics else frozenset()
-        found = identity.allot(name, guest, previous, caps, str(uuid.uuid4()), taken_macs=taken)
-        if found != previous:
-            directory = self.paths.guest_state(name)
-            files.ensure_dir(directory, 0o700)
-            files.write_atomic(directory / "identity.toml", identity.to_toml(name, found).encode(), mode=0o644)
-        return found
-
-    def macs(self) -> Mapping[tuple[str, str], str]:
-        """MACs of all declared guests by (guest, nic); a guest that was never started has none yet."""
-        return {
-            (name, nic): mac
-            for name in self.loaded.desired.guests
-            if (known := self.identity(name))
-            for nic, mac in known.macs.items()
-        }
-
-    def uuids(self) -> Mapping[str, str]:
-        """UUIDs of all declared guests that have an identity."""
-        return {name: known.uuid for name in self.loaded.desired.guests if (known := self.identity(name))}
+        return self._identities.allot(name, guest, caps, self.loaded.desired.guests)
 
     async def open(self, name: str, decided: Decided) -> tuple[Launch, Descriptors]:
         """The argv, and everything it names open. Closes all and raises on the first failure."""
@@ -564,19 +530,6 @@ async def _ask(monitor: Monitor, query: verify.Query) -> Any:
         return await monitor.execute(query.command, **query.arguments)
     except QemuFailed:
         return None
-
-
-def _resolve(emulator: str) -> str:
-    found = shutil.which(emulator)
-    if found is None:
-        raise NotFound(f"no emulator {emulator} in PATH", hint="apt install qemu-system-x86, or set qemu.emulator")
-    return found
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    """What changes when a binary is upgraded."""
-    status = Path(path).stat()
-    return status.st_mtime_ns, status.st_size
 
 
 def _uid(pid: int) -> int | None:

@@ -4,8 +4,8 @@
   environment that silently lost a tool must not look green.
 - Tests marked `long` are left out unless KVMD_TEST_LONG=1 (`scripts/test --long`), which also gives hypothesis its
   long profile: 1000 examples instead of 100 (KVMD_TEST_EXAMPLES sets another number; scripts/check takes a quarter).
-  No deadline per example: the machines are shared and slow. Strict runs take the same examples each time, so that a
-  change is judged by what it changed; `--long` and everybody's own runs search on.
+  No deadline per example, and no complaint about slow ones: the machines are shared. Strict runs take the same examples
+  each time, so that a change is judged by what it changed; `--long` and everybody's own runs search on.
 - `system`, `systemd` and `lab` are set from the directory, so `-m "not lab"` needs no decorator in each file.
 
 Loaded by `-p tests.rig.strict` in the scripts, or by `pytest_plugins = ["tests.rig.strict"]` in tests/conftest.py.
@@ -46,8 +46,9 @@ def allowed(reason: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the hypothesis profile; a test's own @settings still wins."""
     examples = int(os.environ.get("KVMD_TEST_EXAMPLES", "100"))
-    hypothesis.settings.register_profile("quick", max_examples=examples, deadline=None, derandomize=STRICT)
-    hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
+    patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.register_profile("quick", patient, max_examples=examples, derandomize=STRICT)
+    hypothesis.settings.register_profile("long", patient, max_examples=1000)
     hypothesis.settings.load_profile("long" if LONG else "quick")
 
 

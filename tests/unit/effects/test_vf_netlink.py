@@ -29,7 +29,7 @@ class Recorder(Netlink):
         self.sent: list[dict[str, Any]] = []
         self._refuse = refuse or {}
 
-    async def _link(self, what: str, command: str, *, gone_ok: bool = False, **values: Any) -> None:
+    async def change(self, what: str, command: str, *, gone_ok: bool = False, **values: Any) -> None:
         assert command == "set"
         assert not gone_ok
         for word, code in self._refuse.items():
