@@ -116,10 +116,14 @@ def left_as_it_was(lab: Lab) -> Iterator[None]:
 
 
 def take_away(lab: Lab) -> None:
-    """Every guest killed, everything released, kvmd uninstalled with all it kept."""
-    kill = "for guest in $(ls /etc/kvmd/guests.d | sed -n 's/\\.toml$//p'); do kvmd-cli kill $guest; done"
-    lab.run(kill, timeout_s=120)
-    lab.check("kvmd-cli --yes host release", timeout_s=240)
+    """Every guest killed, everything released, kvmd uninstalled with all it kept.
+
+    Again and again for a while: one that just crashed and is on its way back, its file gone too, is killed when it is
+    there, and release waits for nobody.
+    """
+    names = "import json, sys; print(*(guest['name'] for guest in json.load(sys.stdin)['guests']))"
+    kill = f'for guest in $(kvmd-cli --json list | /usr/bin/python3 -c "{names}"); do kvmd-cli kill $guest; done'
+    lab.wait_for(f"{kill}; kvmd-cli --yes host release", timeout_s=240)
     lab.check("/src/kvmd/scripts/uninstall --purge", timeout_s=240)
     lab.run(f"systemctl reset-failed; rm -rf {IMAGES}")
 
