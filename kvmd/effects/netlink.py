@@ -286,7 +286,7 @@ class Netlink:
                 raise
         # Only an MTU that was once changed is kept when a port has a lower one (br_if.c, BROPT_MTU_SET_BY_USER).
         other = action.mtu + 1 if action.mtu < _MAX_MTU else action.mtu - 1
-        await self.change(f"give bridge {name} an MTU of its own", "set", ifname=name, mtu=other)
+        await self.change(f"give bridge {name} an MTU of its own (mtu {action.mtu})", "set", ifname=name, mtu=other)
         link = await self.find(name)
         if link is None:
             raise HostFailed(f"bridge {name} vanished while it was being made", hint="does something else remove it?")

@@ -319,10 +319,14 @@ async def test_a_recycled_pid_is_never_taken_for_the_server(rig: Rig, tmp_path: 
     rig.networks = {"lan": nat()}
     await rig.converge()
     (server,) = rig.dnsmasqs.observe()
-    record = tmp_path / "run/networks/lan/dnsmasq.json"
+    record, pid_file = (tmp_path / f"run/networks/lan/dnsmasq.{kind}" for kind in ("json", "pid"))
     record.write_text(record.read_text().replace(str(server.pid), str(os.getpid())))
-    assert Dnsmasqs(tmp_path / "run", tmp_path / "state").observe() == ()
-    record.write_text(record.read_text().replace(str(os.getpid()), str(server.pid)))  # for the clean-up
+    again = Dnsmasqs(tmp_path / "run", tmp_path / "state")
+    assert [found.pid for found in again.observe()] == [server.pid]  # by its own pid file
+    pid_file.write_text(f"{os.getpid()}\n")
+    assert again.observe() == ()
+    for file in (record, pid_file):  # for the clean-up
+        file.write_text(file.read_text().replace(str(os.getpid()), str(server.pid)))
 
 
 async def test_dnsmasq_that_cannot_start_says_why(rig: Rig, tmp_path: Path) -> None:
