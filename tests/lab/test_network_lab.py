@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.rig.lab import Lab
+from tests.rig.labhost import take_away
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -61,10 +62,8 @@ def kvmd(lab: Lab) -> Iterator[Lab]:
     for name in ("one", "two"):
         lab.check(f"kvmd-cli start {name}", timeout_s=240)
     yield lab
-    lab.run(
-        "kvmd-cli kill one two; systemctl disable --now kvmd; ip link del labbr0; ip link del kvtrunk", timeout_s=240
-    )
-    lab.run("/src/kvmd/scripts/uninstall --purge; systemctl reset-failed; rm -rf /srv/vm", timeout_s=240)
+    take_away(lab)
+    lab.run("ip link del labbr0; ip link del labbr1")
 
 
 def tap(lab: Lab, guest: str) -> str:
