@@ -55,6 +55,10 @@ def unpack_hwloc(name: str, root: Path) -> HostTree:
                 file = root / member.name.partition("/")[2]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content.read())
+            elif member.issym() and member.name.endswith("/cpufreq") and not member.linkname.startswith("/"):
+                link = root / member.name.partition("/")[2]
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(member.linkname)
     return HostTree(root)
 
 

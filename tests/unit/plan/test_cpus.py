@@ -463,7 +463,7 @@ def test_real_machines_take_guests_of_every_size(name: str, tmp_path: Any) -> No
     }
     answer = place_all(wishes, shape, AUTO)
     check_rules(answer, wishes, shape)
-    if len(shape.cpus) > 20:
+    if len(shape.online & shape.allowed) > 20:  # what a cgroup left of it, on one of them
         assert not [problem for problem in answer.problems if problem.guests]
         # the smallest nodes have four cores, one of them housekeeping
         assert all(len(nodes_of(answer.of[name].cpus, shape)) == 1 for name in ("g1", "g2", "g3", "i"))
