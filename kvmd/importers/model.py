@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,8 +81,3 @@ class Draft:
             number += 1
             name = f"{base}{number}"
         return name
-
-
-def text_of(values: Mapping[str, str]) -> str:
-    """Keys and values as one would write them."""
-    return ",".join(f"{key}={value}" for key, value in values.items())

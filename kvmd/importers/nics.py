@@ -40,7 +40,6 @@ class Hubs:
 
     cards: dict[int, list[tuple[str, dict[str, str]]]] = field(default_factory=dict)
     backends: dict[int, list[tuple[str, dict[str, str]]]] = field(default_factory=dict)
-    none: bool = False  # -net none
     any: bool = False  # some NIC option was given: QEMU adds no card of its own
 
 
@@ -51,15 +50,18 @@ def default_model(draft: Draft) -> str:
     return "e1000e" if draft.is_q35 else "e1000"
 
 
+def _no_card(draft: Draft, option: str) -> None:
+    draft.put("machine", "default_nic", False)
+    draft.account.mapped(option, "machine.default_nic")
+
+
 def net(draft: Draft, hubs: Hubs, value: str) -> None:
     """-net TYPE,…"""
     hubs.any = True
     values = parse(value, "type")
     kind = values.pop("type", "")
     if kind == "none":
-        hubs.none = True
-        draft.account.mapped("-net none", "machine.default_nic")
-        draft.put("machine", "default_nic", False)
+        _no_card(draft, "-net none")
         return
     text = values.pop("vlan", "0")
     vlan = int(text) if text.isdigit() else 0
@@ -75,9 +77,7 @@ def nic(draft: Draft, hubs: Hubs, value: str) -> None:
     values = parse(value, "type")
     kind = values.pop("type", "user")
     if kind == "none":
-        hubs.none = True
-        draft.account.mapped("-nic none", "machine.default_nic")
-        draft.put("machine", "default_nic", False)
+        _no_card(draft, "-nic none")
         return
     names = ("model", "mac", "macaddr", "id", "addr", "vectors")
     card: dict[str, str] = {key: values.pop(key) for key in names if key in values}
